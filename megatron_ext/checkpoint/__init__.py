@@ -1,0 +1,1 @@
+"""Layer 4: checkpoints on disk, and Hugging Face folders."""

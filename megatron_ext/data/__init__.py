@@ -1,0 +1,1 @@
+"""Layer 4: tokenizer, datasets, sample order, batches."""

@@ -1,0 +1,292 @@
+"""Layer 4: Megatron's memory-mapped token format, written and read with numpy alone.
+
+`PREFIX.bin` holds the token ids of all documents, one after another, without a header. `PREFIX.idx` holds, little-endian:
+
+    offset  bytes  content
+    0       9      b"MMIDIDX\\0\\0"
+    9       8      uint64 version, 1
+    17      1      uint8 code of the ids' type (`DTYPE_CODES`)
+    18      8      uint64 S, sequences
+    26      8      uint64 D, documents + 1
+    34      4 S    int32 tokens per sequence
+            8 S    int64 byte offset of each sequence in .bin
+            8 D    int64 first sequence of each document, and S at the end
+
+A document is one sequence here; an empty document is none, but keeps its entry in the document index. The format is that of
+megatron-core's datasets/indexed_dataset.py (@0.16.1 and @0.19.2), and files are equal to its builder's byte for byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ext.data.manifest import aside_path, manifest_path, publish
+from megatron_ext.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+DTYPE_CODES: dict[str, int] = {
+    "uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8,
+}  # fmt: skip
+_HEADER = struct.Struct("<9sQBQQ")
+_COPY_BYTES = 16 << 20
+
+TokenArray = npt.NDArray[np.integer[Any]]
+
+
+def bin_path(prefix: str | Path) -> Path:
+    """Name the file of token ids of a prefix."""
+    return Path(f"{prefix}.bin")
+
+
+def idx_path(prefix: str | Path) -> Path:
+    """Name the index file of a prefix."""
+    return Path(f"{prefix}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Choose the ids' type by the vocabulary: uint16 below 65,500, else int32 (as megatron-core's DType.optimal_dtype)."""
+    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
+
+
+class IndexedTotals(NamedTuple):
+    """What was written into one pair."""
+
+    documents: int
+    tokens: int
+    empty_documents: int
+    bin_bytes: int
+    idx_bytes: int
+
+
+class IdRange(NamedTuple):
+    """Lowest and highest of the first `tokens` ids of a file."""
+
+    tokens: int
+    lowest: int
+    highest: int
+
+
+class IndexedWriter:
+    """Write `PREFIX.bin` and `PREFIX.idx`, whole or not at all.
+
+    Everything goes into files aside; `publish` flushes and renames them. As a context manager it leaves
+    nothing behind when the block ends without `publish`.
+
+        with IndexedWriter(prefix, dtype=token_dtype(vocab_size)) as writer:
+            writer.add_document(ids)
+            totals = writer.publish()
+    """
+
+    def __init__(self, prefix: str | Path, *, dtype: np.dtype[Any]) -> None:
+        self._prefix = Path(prefix)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._bin_aside = aside_path(bin_path(prefix))
+        self._idx_aside = aside_path(idx_path(prefix))
+        self._lengths: list[npt.NDArray[np.int32]] = []
+        self._file = self._bin_aside.open("wb")
+
+    def __enter__(self) -> IndexedWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        self._bin_aside.unlink(missing_ok=True)
+        self._idx_aside.unlink(missing_ok=True)
+
+    def add_document(self, ids: npt.ArrayLike) -> None:
+        """Append one document, perhaps an empty one; its ids must fit the dtype."""
+        tokens = np.asarray(ids, dtype=self._dtype)
+        self._file.write(tokens.tobytes())
+        self._lengths.append(np.array([tokens.size], dtype=np.int32))
+
+    def add_part(self, path: Path, lengths: npt.NDArray[np.int32]) -> None:
+        """Append a file of raw ids in the writer's dtype.
+
+        Args:
+            path: the ids of some documents, one after another.
+            lengths: `[documents]` tokens of each document, 0 for an empty one.
+
+        Raises:
+            DataError: the file's size is not that of `lengths` (it was cut short, by a full disk say).
+        """
+        expected = int(lengths.sum(dtype=np.int64)) * self._dtype.itemsize
+        if path.stat().st_size != expected:
+            raise DataError(f"{path}: holds {path.stat().st_size} bytes, must hold {expected}; run again.")
+        with path.open("rb") as part:
+            shutil.copyfileobj(part, self._file, _COPY_BYTES)
+        self._lengths.append(lengths)
+
+    def publish(self) -> IndexedTotals:
+        """Write the index, flush both files, and put them in the place of any earlier pair.
+
+        The old manifest and index go first and the new index comes last, so that no moment pairs an old
+        index or manifest with new ids.
+        """
+        lengths = np.concatenate([np.zeros(0, dtype=np.int32), *self._lengths])
+        self._file.close()
+        self._write_index(lengths)
+        totals = IndexedTotals(
+            documents=lengths.size,
+            tokens=int(lengths.sum(dtype=np.int64)),
+            empty_documents=int((lengths == 0).sum()),
+            bin_bytes=self._bin_aside.stat().st_size,
+            idx_bytes=self._idx_aside.stat().st_size,
+        )
+        manifest_path(self._prefix).unlink(missing_ok=True)
+        idx_path(self._prefix).unlink(missing_ok=True)
+        publish(self._bin_aside, bin_path(self._prefix))
+        publish(self._idx_aside, idx_path(self._prefix))
+        return totals
+
+    def _write_index(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Write the index for documents of these lengths."""
+        sequences = lengths[lengths > 0]
+        pointers = _pointers(sequences, self._dtype.itemsize)
+        documents = np.zeros(lengths.size + 1, dtype=np.int64)
+        np.cumsum(lengths > 0, out=documents[1:])
+        code = DTYPE_CODES[self._dtype.name]
+        with self._idx_aside.open("wb") as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, code, sequences.size, documents.size))
+            file.write(sequences.astype("<i4").tobytes())
+            file.write(pointers.astype("<i8").tobytes())
+            file.write(documents.astype("<i8").tobytes())
+
+
+def _pointers(lengths: npt.NDArray[np.int32], itemsize: int) -> npt.NDArray[np.int64]:
+    """Give the byte offset of each sequence: the exclusive prefix sum of the lengths in bytes."""
+    pointers = np.zeros(lengths.size, dtype=np.int64)
+    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
+    return pointers * itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexedFile:
+    """An opened pair; the arrays are memory maps, so opening reads the index but no id."""
+
+    prefix: Path
+    dtype: np.dtype[Any]
+    sequence_lengths: npt.NDArray[np.int32]
+    """`[sequences]`"""
+    sequence_pointers: npt.NDArray[np.int64]
+    """`[sequences]` bytes."""
+    document_indices: npt.NDArray[np.int64]
+    """`[documents + 1]`"""
+    tokens: TokenArray
+    """`[tokens]` all ids of the file, one after another."""
+    bin_bytes: int
+    idx_bytes: int
+
+    @classmethod
+    def open(cls, prefix: str | Path) -> IndexedFile:
+        """Open a pair and check that its sizes fit each other.
+
+        Raises:
+            DataError: a file is missing, is not of this format, or was cut short.
+        """
+        ids, index = bin_path(prefix), idx_path(prefix)
+        for path in (ids, index):
+            if not path.is_file():
+                raise DataError(f"{path}: no such file; give the path of a pair without .bin or .idx.")
+        dtype, sequences, documents = _read_header(index)
+        bin_bytes, idx_bytes = ids.stat().st_size, index.stat().st_size
+        expected = _HEADER.size + 12 * sequences + 8 * documents
+        if idx_bytes != expected:
+            hint = " It holds sequence modes (multimodal data)?" if idx_bytes == expected + sequences else ""
+            raise DataError(
+                f"{index}: holds {idx_bytes} bytes, its header promises {expected}; preprocess again.{hint}"
+            )
+        raw = np.memmap(index, mode="r", dtype=np.uint8)
+        first, second = _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences
+        lengths: npt.NDArray[np.int32] = raw[_HEADER.size : first].view("<i4")
+        promised = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+        if bin_bytes != promised:
+            raise DataError(
+                f"{ids}: holds {bin_bytes} bytes, the index promises {promised}; "
+                "the file is cut short or is another's: preprocess again."
+            )
+        return cls(
+            prefix=Path(prefix),
+            dtype=dtype,
+            sequence_lengths=lengths,
+            sequence_pointers=raw[first:second].view("<i8"),
+            document_indices=raw[second:].view("<i8"),
+            # An empty file cannot be mapped.
+            tokens=np.memmap(ids, mode="r", dtype=dtype) if bin_bytes else np.zeros(0, dtype=dtype),
+            bin_bytes=bin_bytes,
+            idx_bytes=idx_bytes,
+        )
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, empty ones included."""
+        return int(self.document_indices.size) - 1
+
+    def document_lengths(self) -> npt.NDArray[np.int64]:
+        """Give `[documents]` tokens per document."""
+        ends = np.zeros(self.sequence_lengths.size + 1, dtype=np.int64)
+        np.cumsum(self.sequence_lengths, out=ends[1:])
+        return np.diff(ends[self.document_indices])
+
+    def document(self, number: int) -> TokenArray:
+        """Give the ids of one document, counted from 0."""
+        first, last = self.document_indices[number : number + 2]
+        if first == last:
+            return self.tokens[:0]
+        start = int(self.sequence_pointers[first]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.sequence_lengths[first:last].sum(dtype=np.int64))]
+
+    def problems(self) -> list[str]:
+        """Check the index within itself; one line per fault, none for a sound file."""
+        found = []
+        if (self.sequence_lengths <= 0).any():
+            found.append("sequence lengths: some are not positive.")
+        wrong = self.sequence_pointers != _pointers(self.sequence_lengths, self.dtype.itemsize)
+        if wrong.any():
+            found.append(
+                f"sequence pointers: {int(wrong.sum())} are not where the sequences before end, "
+                f"the first is number {int(wrong.argmax())}."
+            )
+        documents = self.document_indices
+        if documents[0] != 0 or documents[-1] != self.sequence_lengths.size or (np.diff(documents) < 0).any():
+            found.append(
+                f"document index: must rise from 0 to {self.sequence_lengths.size} (the sequences); "
+                f"it starts at {documents[0]} and ends at {documents[-1]}."
+            )
+        return found
+
+    def scan_ids(self) -> Iterator[IdRange]:
+        """Go through all ids block by block, giving the range of those seen so far after each block."""
+        lowest, highest, block = np.iinfo(np.int64).max, -1, _COPY_BYTES // self.dtype.itemsize
+        for start in range(0, self.tokens.size, block):
+            part = self.tokens[start : start + block]
+            lowest, highest = min(lowest, int(part.min())), max(highest, int(part.max()))
+            yield IdRange(start + part.size, lowest, highest)
+
+
+def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:
+    """Read (ids' type, sequences, length of the document index) from an index file."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(MAGIC):
+        raise DataError(f"{path}: is not a Megatron index (no MMIDIDX header); preprocess again.")
+    _, version, code, sequences, documents = _HEADER.unpack(header)
+    names = {number: name for name, number in DTYPE_CODES.items()}
+    if version != VERSION:
+        raise DataError(f"{path}: format version is {version}, must be {VERSION}; preprocess again.")
+    if code not in names or not np.issubdtype(np.dtype(names[code]), np.integer):
+        raise DataError(f"{path}: type code is {code}, which no token ids have; preprocess again.")
+    if documents < 1:
+        raise DataError(f"{path}: has no document index; preprocess again.")
+    return np.dtype(names[code]).newbyteorder("<"), sequences, documents

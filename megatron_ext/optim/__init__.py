@@ -1,0 +1,1 @@
+"""Layer 4: optimizer and schedules."""

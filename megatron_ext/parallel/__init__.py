@@ -1,0 +1,1 @@
+"""Layer 3: ranks, degrees, devices, process groups."""

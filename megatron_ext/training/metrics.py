@@ -1,0 +1,236 @@
+"""What a run reports: log lines, metrics.jsonl, TensorBoard, Weights & Biases, a live display.
+
+Only rank 0 reports. The one door to TensorBoard and wandb.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron_ext.config.load import to_toml
+from megatron_ext.config.tree import Config
+from megatron_ext.errors import ConfigError
+from megatron_ext.model.flops import flops_per_token
+from megatron_ext.parallel import device
+from megatron_ext.training.evaluate import EvalResult
+from megatron_ext.training.state import StepResult, TrainState
+
+_LOG = logging.getLogger(__name__)
+
+
+class Rates(NamedTuple):
+    """Speed over the iterations since the last report."""
+
+    iteration_seconds: float
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    tflops_per_gpu: float
+    """Model FLOPs (causal attention, no recomputation counted), 1e12 per second and device."""
+    mfu: float | None
+    """tflops_per_gpu over the device's peak; None where the peak is not known."""
+
+
+class Metrics:
+    """Collects and writes the figures of a run."""
+
+    def __init__(self, config: Config, run_dir: Path, *, rank: int, world_size: int) -> None:
+        self._config = config
+        self._active = rank == 0
+        self._world_size = world_size
+        self._flops = flops_per_token(config.model, config.train.seq_length).total
+        self._peak = config.log.peak_tflops or device.peak_bf16_tflops()
+        self._since = self._last_iteration_end = 0.0
+        self._iterations = self._tokens = 0
+        self._loss_sum = 0.0
+        self._stream: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        self._display: Any = None
+        self._task: Any = None
+        if self._active:
+            self._open(run_dir)
+
+    def _open(self, run_dir: Path) -> None:
+        _end_cut_line(run_dir / "metrics.jsonl")
+        self._stream = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        if self._config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"))
+        if self._config.log.wandb_project is not None:
+            self._wandb = _start_wandb(self._config, run_dir)
+
+    def begin(self, state: TrainState) -> None:
+        """Start the clock and the display."""
+        self._reset()
+        if not self._active:
+            return
+        self._write({"kind": "start", "world_size": self._world_size, "device": device.name()}, state)
+        wanted = self._config.log.progress
+        from rich.console import Console
+
+        console = Console()
+        if wanted == "on" or (wanted == "auto" and console.is_terminal):
+            self._display, self._task = _start_display(console, self._config, state)
+
+    def count(self, state: TrainState, result: StepResult) -> None:
+        """Take note of one iteration. Cheap: nothing is written."""
+        self._last_iteration_end = time.perf_counter()
+        self._iterations += 1
+        self._tokens += result.tokens
+        self._loss_sum += result.loss
+        if self._display is not None:
+            self._display.update(self._task, completed=state.iteration, loss=f"{result.loss:.4f}")
+
+    def log_train(self, state: TrainState, result: StepResult) -> None:
+        """Report the iterations since the last report: their mean loss and speed, and the last one's rates."""
+        rates = self._rates()
+        loss = self._loss_sum / self._iterations
+        self._reset()
+        if not self._active:
+            return
+        last = self._config.train.exit_iters or self._config.train.train_iters
+        mfu = "" if rates.mfu is None else f" ({rates.mfu:.1%} MFU of {self._peak:g})"
+        _LOG.info(
+            "iteration %d/%d | loss %.4f | lr %.3e | grad norm %.3f | %.3g s/it | %s tokens/s | %s tokens/s/GPU | "
+            "%.2f TFLOP/s%s | ETA %s",
+            state.iteration, last, loss, result.lr, result.grad_norm, rates.iteration_seconds,
+            f"{rates.tokens_per_second:,.0f}", f"{rates.tokens_per_second_per_gpu:,.0f}", rates.tflops_per_gpu, mfu,
+            _duration((last - state.iteration) * rates.iteration_seconds),
+        )  # fmt: skip
+        row = {
+            "kind": "train", "loss": loss, "lr": result.lr, "grad_norm": result.grad_norm,
+            "global_batch_size": result.samples, **rates._asdict(),
+        }  # fmt: skip
+        memory = device.peak_memory_gib()
+        if memory is not None:
+            row["peak_memory_gib"] = memory
+        self._write(row, state)
+
+    def log_eval(self, state: TrainState, result: EvalResult) -> None:
+        """Report a validation. Its time does not count as training time."""
+        self._restart_clock()
+        if not self._active:
+            return
+        _LOG.info("iteration %d | validation loss %.4f over %s tokens", state.iteration, result.loss, f"{result.tokens:,}")
+        self._write({"kind": "valid", "loss": result.loss, "tokens": result.tokens}, state)
+
+    def log_checkpoint(self, state: TrainState) -> None:
+        """Note that a checkpoint was written or begun. Its time does not count as training time."""
+        self._restart_clock()
+        if self._active:
+            self._write({"kind": "checkpoint"}, state)
+
+    def log_stop(self, state: TrainState, reason: str) -> None:
+        """Report the end, and close everything."""
+        if not self._active:
+            return
+        self._write({"kind": "stop", "reason": reason}, state)
+        self.close()
+        _LOG.info("stopped after iteration %d: %s", state.iteration, reason)
+
+    def close(self) -> None:
+        """Take the display down and close the files. Harmless when called twice."""
+        if self._display is not None:
+            self._display.stop()
+            self._display = None
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def _rates(self) -> Rates:
+        device.synchronize()
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        tokens_per_second = self._tokens / seconds
+        per_gpu = tokens_per_second / self._world_size
+        tflops = per_gpu * self._flops / 1e12
+        mfu = None if self._peak is None else tflops / self._peak
+        return Rates(seconds / self._iterations, tokens_per_second, per_gpu, tflops, mfu)
+
+    def _reset(self) -> None:
+        self._iterations = self._tokens = 0
+        self._loss_sum = 0.0
+        self._since = self._last_iteration_end = time.perf_counter()
+
+    def _restart_clock(self) -> None:
+        """Take the time since the last iteration ended out of the running measurement."""
+        self._since += time.perf_counter() - self._last_iteration_end
+        self._last_iteration_end = time.perf_counter()
+
+    def _write(self, row: dict[str, Any], state: TrainState) -> None:
+        row = {
+            **row,
+            "iteration": state.iteration,
+            "consumed_samples": state.consumed_samples,
+            "consumed_tokens": state.consumed_tokens,
+            "time": time.time(),
+        }
+        self._stream.write(json.dumps(row) + "\n")
+        kind = row["kind"]
+        if kind not in ("train", "valid"):
+            return
+        scalars = {
+            f"{kind}/{name}": value
+            for name, value in row.items()
+            if isinstance(value, int | float) and name not in ("iteration", "time")
+        }
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, state.iteration)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=state.iteration)
+
+
+def _start_wandb(config: Config, run_dir: Path) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            "log.wandb_project is set, but the wandb package is not installed; pip install wandb, or leave it out."
+        ) from None
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=config.name,
+        dir=str(run_dir),
+        config={"toml": to_toml(config)},
+        resume="allow",
+    )
+
+
+def _start_display(console: Any, config: Config, state: TrainState) -> tuple[Any, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    display = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+    last = config.train.exit_iters or config.train.train_iters
+    task = display.add_task(config.name, total=last, completed=state.iteration, loss="-")
+    display.start()
+    return display, task
+
+
+def _end_cut_line(path: Path) -> None:
+    """Give a last line that a crash cut short its end, so that the next row starts on a line of its own."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as stream:
+            stream.seek(-1, 2)
+            if stream.read(1) != b"\n":
+                stream.write(b"\n")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days}d {hours:02d}:{minutes:02d}:{rest:02d}" if days else f"{hours:02d}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,151 @@
+"""One iteration: forward and backward over all micro batches, reduction, update.
+
+Shapes: b micro batch, s sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from megatron_ext.config.tree import Config
+from megatron_ext.data.batch import Batch
+from megatron_ext.data.loader import Loader
+from megatron_ext.errors import TrainingError
+from megatron_ext.model.gpt import Model
+from megatron_ext.optim.build import set_rates
+from megatron_ext.optim.schedule import global_batch_size_at, learning_rate
+from megatron_ext.parallel import device, groups
+from megatron_ext.parallel.groups import Place
+from megatron_ext.training.state import StepResult, TrainState
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What an iteration works with: this rank's model, optimizer and data."""
+
+    config: Config
+    place: Place
+    model: Model
+    optimizer: Any
+    loader: Loader
+
+
+def connect(config: Config, model: Model, optimizer: Any) -> None:
+    """Give Megatron's schedules the hooks through which they reach the optimizer and the gradient buffers."""
+    from megatron.core.distributed import finalize_model_grads
+
+    transformer = model.transformer_config
+    # Without it, data-parallel replicas and sequence-parallel norms would drift apart in silence.
+    transformer.finalize_model_grads_func = finalize_model_grads
+    transformer.grad_scale_func = optimizer.scale_loss
+    # The loss of an iteration is the mean over its tokens, not the mean of its micro batches' means.
+    transformer.calculate_per_token_loss = True
+    if config.parallel.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in model.wrapped]
+        transformer.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+
+
+def train_step(machine: Machine, state: TrainState) -> StepResult:
+    """Run one iteration. Every rank calls it.
+
+    Raises:
+        TrainingError: the loss or the gradient norm is not finite; on every rank alike, before anything is saved.
+    """
+    config = machine.config
+    samples = global_batch_size_at(config.train, state.consumed_samples)
+    lr = learning_rate(config.optimizer, config.train, state.consumed_samples)
+    set_rates(machine.optimizer, lr=lr, weight_decay=config.optimizer.weight_decay)
+    for chunk in machine.model.wrapped:
+        chunk.zero_grad_buffer()
+    machine.optimizer.zero_grad()
+    batches = machine.loader.iteration(state.consumed_samples, global_batch_size=samples)
+    loss_sum, num_tokens = run_micro_batches(machine, batches, samples=samples, forward_only=False)
+    loss = loss_sum / num_tokens if num_tokens else math.nan
+    if not math.isfinite(loss):
+        raise TrainingError(_not_finite("loss", loss, machine, state, samples))
+    _, grad_norm, _ = machine.optimizer.step()
+    grad_norm = float(grad_norm)
+    if groups.any_rank(not math.isfinite(grad_norm)):
+        raise TrainingError(_not_finite("gradient norm", grad_norm, machine, state, samples))
+    return StepResult(loss, grad_norm, lr, samples, samples * config.train.seq_length)
+
+
+def run_micro_batches(
+    machine: Machine, batches: Iterator[Batch], *, samples: int, forward_only: bool
+) -> tuple[float, float]:
+    """Run Megatron's schedule over one global batch.
+
+    Returns:
+        Sum of the token losses and number of tokens that count, over all ranks; the same on every rank.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    config, chunks = machine.config, machine.model.wrapped
+    num_microbatches = samples // (config.train.micro_batch_size * machine.place.data_size)
+    # One chunk at most reads on a rank; the others' iterators stay untouched. Interleaving wants a list.
+    stores = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[batches] * len(chunks) if len(chunks) > 1 else batches,
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=num_microbatches,
+        seq_length=config.train.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    totals = torch.zeros(2, dtype=torch.float64, device=device.current())
+    for store in stores:  # only the last pipeline stage has any
+        totals += store["loss"].double()
+    if stores:
+        groups.sum_over_data_ranks(totals)
+    loss_sum, num_tokens = groups.broadcast_from_last_stage(totals).tolist()
+    return loss_sum, num_tokens
+
+
+def forward_step(
+    batches: Iterator[Batch], chunk: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
+    """Run one micro batch through one chunk, as Megatron's schedules call it.
+
+    Returns:
+        The chunk's output (token losses [b, s] fp32 on the last stage, activations elsewhere) and the loss function.
+    """
+    bare = _unwrap(chunk)
+    if not (bare.pre_process or bare.post_process):
+        return chunk(None, None, None), _no_loss
+    batch = next(batches)
+    output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels if bare.post_process else None)
+    return output, partial(_masked_loss, batch.loss_mask)
+
+
+def _masked_loss(
+    loss_mask: torch.Tensor, token_losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    loss_sum = (token_losses.float() * loss_mask).sum()
+    num_tokens = loss_mask.sum()
+    return loss_sum, num_tokens.int(), {"loss": torch.stack((loss_sum.detach(), num_tokens))}
+
+
+def _no_loss(_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    raise AssertionError("only the last pipeline stage has a loss")
+
+
+def _unwrap(chunk: Any) -> Any:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    return chunk
+
+
+def _not_finite(what: str, value: float, machine: Machine, state: TrainState, samples: int) -> str:
+    first = state.consumed_samples
+    source = machine.loader.samples
+    return (
+        f"iteration {state.iteration + 1}: the {what} is {value}, on samples {first} to {first + samples - 1} "
+        f"(from {source.locate(first)} to {source.locate(first + samples - 1)}). Nothing was saved since; "
+        "look at the data there (tools/inspect_data.py), or lower optimizer.lr, and resume from the last checkpoint."
+    )

@@ -1,0 +1,116 @@
+#!/usr/bin/env python3
+"""Pretrain a language model with Megatron-Core: on one CPU, on many GPUs, from one configuration.
+
+    python pretrain_pints.py CONFIG [--section.field VALUE …]
+    torchrun --nproc-per-node 8 pretrain_pints.py CONFIG
+    mpiexec -n 8 python pretrain_pints.py CONFIG
+    srun python pretrain_pints.py CONFIG
+
+CONFIG is a TOML file, or the name of one in configs/. `--dry_run` shows what would run, and starts nothing.
+This file is the table of contents; each step lives in megatron_ext/.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from megatron_ext.config.checks import check_config, check_files
+from megatron_ext.config.load import parse_command_line
+from megatron_ext.config.tree import Config
+from megatron_ext.errors import EXIT_CODE, ConfigError, MegapintsError
+from megatron_ext.parallel.launch import Launch, cuda_is_visible, find_launch, set_runtime_environment
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the command line, check everything that can be checked without torch, then show or run."""
+    rank = 0
+    try:
+        command = parse_command_line(
+            sys.argv[1:] if argv is None else argv, prog="pretrain_pints.py", description=__doc__ or ""
+        )
+        world_size = command.world_size or read_world_size()
+        problems = check_config(command.config, world_size=world_size, files=not command.dry_run)
+        if problems:
+            raise ConfigError(problems)
+        if command.dry_run:
+            from megatron_ext.training.describe import describe
+
+            print(describe(command.config, world_size=world_size, notes=check_files(command.config)))
+            return 0
+        set_runtime_environment(cuda=cuda_is_visible())
+        launch = find_launch()
+        rank = launch.rank
+        run(command.config, launch)
+    except MegapintsError as error:
+        if rank == 0:
+            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        return EXIT_CODE
+    return 0
+
+
+def run(config: Config, launch: Launch) -> None:
+    """Build every part of the run, in order, and train. Every rank calls it."""
+    from megatron_ext.checkpoint.layout import CHECKPOINTS
+    from megatron_ext.checkpoint.save_load import Checkpoints
+    from megatron_ext.data.blend import build_samples
+    from megatron_ext.data.loader import Loader
+    from megatron_ext.data.tokenizer import Tokenizer
+    from megatron_ext.log import setup_logging
+    from megatron_ext.model.gpt import build_model, wrap_for_training
+    from megatron_ext.optim.build import build_optimizer
+    from megatron_ext.parallel import groups
+    from megatron_ext.training import run_dir
+    from megatron_ext.training.loop import Run, train
+    from megatron_ext.training.metrics import Metrics
+    from megatron_ext.training.report import report_start
+    from megatron_ext.training.start import starting_state
+    from megatron_ext.training.step import Machine, connect
+    from megatron_ext.training.stop import Stop
+
+    directory = run_dir.run_directory(config)
+    setup_logging(rank=launch.rank, world_size=launch.world_size, path=directory / "log.txt")
+    place = groups.initialize(config.parallel, launch, seed=config.train.seed)
+    stop = Stop(config.train)
+    with groups.together():
+        if place.rank == 0:
+            run_dir.prepare(config, world_size=place.world_size)
+        tokenizer = Tokenizer.load(config.data.tokenizer)
+    data = build_samples(config, tokenizer)
+    model = wrap_for_training(config, build_model(config))
+    optimizer = build_optimizer(config, model.wrapped)
+    connect(config, model, optimizer)
+    checkpoints = Checkpoints(
+        config,
+        place,
+        directory=directory / CHECKPOINTS,
+        bare_chunks=model.bare,
+        optimizer=optimizer,
+        tokenizer_sha256=tokenizer.sha256,
+    )
+    state = starting_state(config, checkpoints)
+    shape = {"micro_batch_size": config.train.micro_batch_size, "seq_length": config.train.seq_length}
+    loader = Loader(data.train, place, **shape)
+    valid_loader = Loader(data.valid, place, **shape) if data.valid else None
+    machine = Machine(config=config, place=place, model=model, optimizer=optimizer, loader=loader)
+    metrics = Metrics(config, directory, rank=place.rank, world_size=place.world_size)
+    report_start(config, place, data, state)
+    try:
+        train(
+            Run(
+                config=config,
+                machine=machine,
+                valid_loader=valid_loader,
+                checkpoints=checkpoints,
+                metrics=metrics,
+                stop=stop,
+            ),
+            state,
+        )
+    finally:
+        metrics.close()
+    groups.destroy()
+
+
+if __name__ == "__main__":  # saving starts processes, which must not start training again
+    sys.exit(main())
