@@ -19,7 +19,13 @@ from megatron_ext.config.checks import check_config, check_files
 from megatron_ext.config.load import parse_command_line
 from megatron_ext.config.tree import Config
 from megatron_ext.errors import EXIT_CODE, ConfigError, MegapintsError
-from megatron_ext.parallel.launch import Launch, cuda_is_visible, find_launch, set_runtime_environment
+from megatron_ext.parallel.launch import (
+    Launch,
+    cuda_is_visible,
+    find_launch,
+    launched_world_size,
+    set_runtime_environment,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,24 +35,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = parse_command_line(
             sys.argv[1:] if argv is None else argv, prog="pretrain_pints.py", description=__doc__ or ""
         )
-        world_size = command.world_size or read_world_size()
-        problems = check_config(command.config, world_size=world_size, files=not command.dry_run)
-        if problems:
-            raise ConfigError(problems)
         if command.dry_run:
-            from megatron_ext.training.describe import describe
-
-            print(describe(command.config, world_size=world_size, notes=check_files(command.config)))
+            dry_run(command.config, command.world_size or launched_world_size())
             return 0
         set_runtime_environment(cuda=cuda_is_visible())
         launch = find_launch()
         rank = launch.rank
+        raise_problems(check_config(command.config, world_size=launch.world_size))
         run(command.config, launch)
     except MegapintsError as error:
         if rank == 0:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return EXIT_CODE
     return 0
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Stop on every problem of a configuration at once."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def dry_run(config: Config, world_size: int | None) -> None:
+    """Print what would run. The data need not be there yet; what is missing is noted."""
+    from megatron_ext.training.describe import describe
+
+    raise_problems(check_config(config, world_size=world_size, files=False))
+    print(describe(config, world_size=world_size, notes=check_files(config)))
 
 
 def run(config: Config, launch: Launch) -> None:

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Build a tokenizer folder with the special-token scheme of 1.5-Pints.
 
-`train` learns a BPE vocabulary from text; `pints` derives the tokenizer of 1.5-Pints from that of Mistral-7B-v0.1.
-The scheme (1.5-Pints, tokenizer/README.md and tokenizer/pints): ids 0, 1, 2 are `<unk>`, `<s>` and `<|im_end|>`, the
-ChatML turn end being the end of a document from pretraining on; 64 more come after the BPE vocabulary, for padding,
-the chat formats in use, and reserve, so that no later stage has to grow the embedding.
+`train` learns a BPE vocabulary from text; `pints` derives the tokenizer of 1.5-Pints from that of
+Mistral-7B-v0.1. The scheme (1.5-Pints, tokenizer/README.md and tokenizer/pints): ids 0, 1, 2 are `<unk>`,
+`<s>` and `<|im_end|>`, the ChatML turn end being the end of a document from pretraining on; 64 more come
+after the BPE vocabulary, for padding, the chat formats in use, and reserve, so that no later stage has to
+grow the embedding.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter
@@ -52,14 +54,22 @@ SPACE = "▁"
 MAX_TOKEN_CHARACTERS = 16
 """Longest learned token (SentencePiece's default, so Llama's too): no rulers of 80 dashes."""
 
+BLOCK_CHARACTERS = 1 << 20
+"""Plain text is read in blocks of about this size; by lines, each would count as the beginning of a text."""
+
+CHARACTER_COVERAGE = 0.9995
+"""Share of the text's characters that get tokens of their own (SentencePiece's default); rarer ones are spelt
+in bytes, so a small vocabulary is not spent on characters that occur once."""
+
 WORDS = (
     rf"{SPACE}?[\p{{L}}\p{{M}}]+"  # a word with the space before it
     r"|\p{N}"  # digits stand alone
     rf"|{SPACE}?[^{SPACE}\p{{L}}\p{{M}}\p{{N}}\x00-\x1F]+"  # punctuation
-    rf"|{SPACE}+(?={SPACE}[^{SPACE}\p{{N}}])|{SPACE}+"  # indentation, but for the space that belongs to a word
+    rf"|{SPACE}+(?={SPACE}[^{SPACE}\p{{N}}])|{SPACE}+"  # indentation, but not the space of a word
 )
-"""What a learned token may span. Llama's vocabularies keep to about the same (script changes, digits and control
-characters break tokens); there the trainer saw to it, here the pre-tokenizer does, which makes encoding quick too."""
+"""What a learned token may span. Llama's vocabularies keep to about the same (script changes, digits and
+control characters break tokens); there the trainer saw to it, here the pre-tokenizer does, which makes
+encoding quick too."""
 
 EPILOG = """\
 examples:
@@ -81,8 +91,8 @@ def special_token(number: int, content: str) -> dict[str, Any]:
 def pints_tokenizer(base: dict[str, Any], *, name: str) -> dict[str, Any]:
     """Derive the tokenizer of 1.5-Pints from Mistral-7B-v0.1's.
 
-    The end-of-sequence token `</s>` at id 2 becomes `<|im_end|>`, as a vocabulary entry and as a special token; the
-    64 tokens of `APPENDED`, `</s>` among them, follow from 32,000 on. Merges and all else stay.
+    The end-of-sequence token `</s>` at id 2 becomes `<|im_end|>`, as a vocabulary entry and as a special
+    token; the 64 tokens of `APPENDED`, `</s>` among them, follow from 32,000 on. Merges and all else stay.
 
     Args:
         base: parsed tokenizer.json; left as it is.
@@ -94,10 +104,11 @@ def pints_tokenizer(base: dict[str, Any], *, name: str) -> dict[str, Any]:
     vocab = base.get("model", {}).get("vocab", {})
     special = {token["id"]: token["content"] for token in base.get("added_tokens", [])}
     expected = {0: UNK, 1: BOS, 2: "</s>"}
-    if len(vocab) != BASE_VOCAB_SIZE or special != expected or any(vocab.get(t) != i for i, t in expected.items()):
+    in_place = all(vocab.get(token) == number for number, token in expected.items())
+    if len(vocab) != BASE_VOCAB_SIZE or special != expected or not in_place:
         raise DataError(
-            f"{name}: must be the tokenizer of Mistral-7B-v0.1 ({BASE_VOCAB_SIZE:,} BPE entries, special tokens "
-            f"{expected}); it has {len(vocab):,} entries and special tokens {special}."
+            f"{name}: must be the tokenizer of Mistral-7B-v0.1 ({BASE_VOCAB_SIZE:,} BPE entries, special "
+            f"tokens {expected}); it has {len(vocab):,} entries and special tokens {special}."
         )
     renamed = {EOS if token == "</s>" else token: number for token, number in vocab.items()}
     tokens = (*enumerate(LEADING), *enumerate(APPENDED, start=BASE_VOCAB_SIZE))
@@ -111,14 +122,18 @@ def pints_tokenizer(base: dict[str, Any], *, name: str) -> dict[str, Any]:
 def choose_alphabet(texts: Iterator[str], limit: int) -> list[str]:
     """Choose the characters that get a token of their own: the most frequent, ties by code point.
 
-    Control characters never do: a newline is the byte token <0x0A>, as in Llama's tokenizers.
+    They make up `CHARACTER_COVERAGE` of the text, or are `limit` characters if that takes more. Control
+    characters are never among them: a newline is the byte token <0x0A>, as in Llama's tokenizers.
     """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     counts[SPACE] += counts.pop(" ", 0) + 1
     ranked = sorted((-count, char) for char, count in counts.items() if ord(char) >= 32)
-    return sorted(char for _, char in ranked[:limit])
+    wanted = CHARACTER_COVERAGE * sum(counts[char] for _, char in ranked)
+    covered = itertools.accumulate(counts[char] for _, char in ranked)
+    size = 1 + sum(count < wanted for count in covered)
+    return sorted(char for _, char in ranked[: min(size, limit)])
 
 
 def train_tokenizer(
@@ -144,8 +159,8 @@ def train_tokenizer(
     # While training, characters without a token cut words, as their bytes will in use.
     outside = Regex("[^" + "".join(f"\\x{{{ord(char):X}}}" for char in alphabet) + "]")
     trainee = Tokenizer(models.BPE(unk_token=UNK, fuse_unk=True, byte_fallback=True))
-    trainee.normalizer = normalizer  # type: ignore[assignment]
-    trainee.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    trainee.normalizer = normalizer
+    trainee.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(outside, behavior="removed"), words]
     )
     trainer = trainers.BpeTrainer(
@@ -159,7 +174,7 @@ def train_tokenizer(
         show_progress=show_progress,
     )
     trainee.train_from_iterator(read_inputs(inputs, key), trainer)
-    trainee.pre_tokenizer = words  # type: ignore[assignment]
+    trainee.pre_tokenizer = words
     content: dict[str, Any] = json.loads(trainee.to_str())
     learned = len(content["model"]["vocab"])
     if learned + len(APPENDED) != vocab_size:
@@ -202,7 +217,7 @@ def _decoder() -> dict[str, Any]:
 
 
 def read_inputs(inputs: Sequence[Path], key: str) -> Iterator[str]:
-    """Read all texts in order: documents of JSON Lines files, lines of other files."""
+    """Read all texts in order: documents of JSON Lines files, blocks of whole lines of other files."""
     from megatron_ext.data.records import read_texts
 
     for path in inputs:
@@ -211,7 +226,8 @@ def read_inputs(inputs: Sequence[Path], key: str) -> Iterator[str]:
             continue
         try:
             with path.open(encoding="utf-8") as file:
-                yield from file
+                while lines := file.readlines(BLOCK_CHARACTERS):
+                    yield "".join(lines)
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
@@ -241,8 +257,9 @@ def run_train(args: argparse.Namespace) -> str:
     least = len(LEADING) + len(BYTE_TOKENS) + limit + len(APPENDED)
     if args.vocab_size <= least:
         raise DataError(
-            f"--vocab-size {args.vocab_size}: must be above {least} (special tokens {len(LEADING) + len(APPENDED)}, "
-            f"bytes 256, characters {limit}); use 1024 or more, or a smaller --limit-alphabet."
+            f"--vocab-size {args.vocab_size}: must be above {least} (special tokens "
+            f"{len(LEADING) + len(APPENDED)}, bytes {len(BYTE_TOKENS)}, characters {limit}); "
+            "use 1024 or more, or a smaller --limit-alphabet."
         )
     content = train_tokenizer(
         inputs,
@@ -253,7 +270,8 @@ def run_train(args: argparse.Namespace) -> str:
     )
     write_folder(content, Path(args.output))
     tokenizer = Tokenizer.load(args.output)
-    return f"{args.output}: {tokenizer.vocab_size:,} tokens, {bytes_per_token(tokenizer, inputs, args.json_key)}"
+    compression = bytes_per_token(tokenizer, inputs, args.json_key)
+    return f"{args.output}: {tokenizer.vocab_size:,} tokens, {compression}"
 
 
 def bytes_per_token(tokenizer: Any, inputs: Sequence[Path], key: str) -> str:
@@ -302,16 +320,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="{train,pints}")
     train = commands.add_parser("train", help="learn a BPE vocabulary from text")
-    train.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines (*.jsonl) or plain text")
+    train.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="JSON Lines (*.jsonl) or plain text"
+    )
     train.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: text)")
-    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="all ids, special ones included")
+    train.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="all ids, special ones included"
+    )
     train.add_argument("--output", required=True, metavar="FOLDER", help="tokenizer folder to write")
     train.add_argument(
         "--limit-alphabet", type=int, metavar="N",
-        help="most characters with a token of their own (default: a sixteenth of the vocabulary)",
+        help="most characters with a token of their own (default: a sixteenth of the vocabulary; fewer if "
+        "they make up 99.95%% of the text)",
     )  # fmt: skip
     train.set_defaults(run=run_train)
-    pints = commands.add_parser("pints", help="derive 1.5-Pints' 32,064 tokens from Mistral-7B-v0.1's tokenizer.json")
+    pints = commands.add_parser(
+        "pints", help="derive 1.5-Pints' 32,064 tokens from Mistral-7B-v0.1's tokenizer.json"
+    )
     pints.add_argument("--base", required=True, metavar="FILE", help="tokenizer.json of Mistral-7B-v0.1")
     pints.add_argument("--output", required=True, metavar="FOLDER", help="tokenizer folder to write")
     pints.set_defaults(run=run_pints)

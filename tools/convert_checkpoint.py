@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Convert between a training run's checkpoints and Hugging Face model folders.
 
-Needs torch and safetensors-format files only: no megatron (but for --verify), no GPU, no parallel sizes. Weights
-are streamed, so the peak memory is a few tensors of one layer, not the model.
+Needs torch only: no megatron (but for --verify), no GPU, no parallel sizes. Weights are streamed, so the peak
+memory is a few tensors of one layer, not the model.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
 
 EXIT_MISMATCH = 1
 FP32_TOLERANCE = 1e-4
-NARROWED_TOLERANCE = 0.1
-"""For logits after fp32 weights were rounded to bf16 or fp16, in standard deviations of the logits: each weight
-moves by up to 2^-9 of itself, and the largest of some 10^7 logit differences lies five deviations out."""
+NARROWED_TOLERANCE = 0.25
+"""For logits after fp32 weights were rounded to bf16, in standard deviations of the logits. Each weight moves by
+up to 2^-9 of itself; 24 random layers gave 0.08 (largest difference), swapped or misplaced weights 3 and more."""
 
 _EPILOG = """\
 examples:
@@ -73,32 +74,48 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{to-hf,from-hf}")
-    raw = argparse.RawDescriptionHelpFormatter
-
-    to_hf = commands.add_parser(
-        "to-hf", help="checkpoint -> Hugging Face folder", description="Write a Llama folder from a checkpoint.",
-        epilog=_EPILOG, formatter_class=raw,
-    )  # fmt: skip
-    to_hf.add_argument("--load", type=Path, required=True, metavar="RUN|ITER", help="a run directory (its newest "
-                       "whole checkpoint) or one checkpoints/iter_* directory")  # fmt: skip
-    to_hf.add_argument("--save", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
-    to_hf.add_argument("--dtype", choices=("bf16", "fp32"), help="type of the weights; default: the checkpoint's")
-    to_hf.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer folder; default: the run's")
-    to_hf.add_argument("--chat_template", type=Path, metavar="FILE", help="Jinja chat template; default: the tokenizer's")
-    to_hf.add_argument("--max_shard_size", type=_byte_count, default="5GB", metavar="SIZE", help="largest weight file, "
-                       "as 500MB or 5GB (default 5GB)")  # fmt: skip
-    to_hf.add_argument("--verify", action="store_true", help="compare the folder's logits in transformers, fp32, with "
-                       "Megatron's forward pass before publishing it; exit 1 if they differ")  # fmt: skip
-    to_hf.set_defaults(run=_to_hf)
-
-    from_hf = commands.add_parser(
-        "from-hf", help="Hugging Face folder -> checkpoint", description="Write a run directory whose iteration 0 "
-        "holds the weights of a Llama or Mistral folder.", epilog=_EPILOG, formatter_class=raw,
-    )  # fmt: skip
-    from_hf.add_argument("--load", type=Path, required=True, metavar="HF", help="folder with config.json and safetensors")
-    from_hf.add_argument("--save", type=Path, required=True, metavar="DIR", help="run directory to make; must not exist")
-    from_hf.set_defaults(run=_from_hf)
+    _add_to_hf(commands)
+    _add_from_hf(commands)
     return parser
+
+
+def _add_to_hf(commands: Any) -> None:
+    command = commands.add_parser(
+        "to-hf",
+        help="checkpoint -> Hugging Face folder",
+        description="Write a Llama folder from a checkpoint.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    load = "a run directory (its newest whole checkpoint) or one checkpoints/iter_* directory"
+    add("--load", type=Path, required=True, metavar="RUN|ITER", help=load)
+    add("--save", type=Path, required=True, metavar="OUT", help="folder to make; must not exist")
+    add("--dtype", choices=("bf16", "fp32"), help="type of the weights; default: the checkpoint's")
+    add("--tokenizer", type=Path, metavar="FOLDER", help="tokenizer folder; default: the run's")
+    add("--chat_template", type=Path, metavar="FILE", help="Jinja chat template; default: the tokenizer's")
+    size = "largest weight file, as 500MB or 5GB (default 5GB)"
+    add("--max_shard_size", type=_byte_count, default="5GB", metavar="SIZE", help=size)
+    verify = (
+        "compare the folder's logits in transformers, fp32, with Megatron's forward pass before publishing "
+        "it; exit 1 if they differ"
+    )
+    add("--verify", action="store_true", help=verify)
+    command.set_defaults(run=_to_hf)
+
+
+def _add_from_hf(commands: Any) -> None:
+    command = commands.add_parser(
+        "from-hf",
+        help="Hugging Face folder -> checkpoint",
+        description="Write a run directory whose iteration 0 holds the weights of a Llama or Mistral folder.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = command.add_argument
+    add("--load", type=Path, required=True, metavar="HF", help="folder with config.json and safetensors")
+    add("--save", type=Path, required=True, metavar="DIR", help="run directory to make; must not exist")
+    command.set_defaults(run=_from_hf)
 
 
 def _byte_count(text: str) -> int:
@@ -119,6 +136,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     from megatron_ext.checkpoint import hf_convert, layout
     from megatron_ext.checkpoint.dcp import CheckpointReader
 
+    for path, reason in layout.find_newest(arguments.load / layout.CHECKPOINTS).rejected:
+        print(f"warning: ignored {path}: {reason}", file=sys.stderr)
     checkpoint = layout.resolve(arguments.load)
     description = layout.read_description(checkpoint)
     model = hf_convert.model_of(description, where=checkpoint)
@@ -129,7 +148,9 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: stored}[arguments.dtype]
     print(f"{checkpoint}: iteration {description.iteration}, {description.consumed_tokens:,} tokens")
     if description.iteration == 0:
-        origin = "weights taken from elsewhere" if not description.config else "the run's random initial weights"
+        origin = (
+            "weights taken from elsewhere" if not description.config else "the run's random initial weights"
+        )
         print(f"warning: iteration 0: these are {origin}; nothing was trained here.", file=sys.stderr)
     with _aside(target) as folder:
         with _progress("exporting", hf_convert.export_bytes(model, dtype)) as advance:
@@ -137,12 +158,14 @@ def _to_hf(arguments: argparse.Namespace) -> int:
                 reader, model, folder, dtype=dtype, max_shard_bytes=arguments.max_shard_size, on_bytes=advance
             )
         _write_configs(folder, model, tokenizer, dtype, template)
-        agreement = _verify(checkpoint, folder, model, narrowed=dtype.itemsize < stored.itemsize) if arguments.verify else None
-        if agreement is not None:
+        if arguments.verify:
+            agreement = _verify(checkpoint, folder, model, narrowed=dtype not in (stored, torch.float32))
             print(agreement.text)
             if not agreement.good:
                 rejected = _keep_rejected(folder, target)
-                print(f"error: the logits differ; the folder was not published, see {rejected}.", file=sys.stderr)
+                print(
+                    f"error: the logits differ; the folder is not published, see {rejected}.", file=sys.stderr
+                )
                 return EXIT_MISMATCH
     print(f"{target}: {_name(dtype)}, {sum(p.stat().st_size for p in target.iterdir()):,} bytes")
     return 0
@@ -163,20 +186,26 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     with _aside(target) as folder:
         sha256 = None
         if (arguments.load / "tokenizer.json").exists():
-            export_tokenizer(arguments.load, folder / "tokenizer", model_max_length=model.max_position_embeddings)
+            export_tokenizer(
+                arguments.load, folder / "tokenizer", model_max_length=model.max_position_embeddings
+            )
             sha256 = Tokenizer.load(folder / "tokenizer").sha256
         else:
-            print(f"warning: {arguments.load}: no tokenizer.json, so the run has no tokenizer.", file=sys.stderr)
+            print(
+                f"warning: {arguments.load}: no tokenizer.json, so the run has no tokenizer.", file=sys.stderr
+            )
         with _progress("importing", hf_convert.import_bytes(reader, model)) as advance:
             hf_convert.import_folder(reader, model, folder, tokenizer_sha256=sha256, on_bytes=advance)
     print(f"{target / layout.CHECKPOINTS / layout.directory_name(0)}: weights of {arguments.load}")
     return 0
 
 
-# --- parts of an export -----------------------------------------------------------------------------------------------
+# --- parts of an export -------------------------------------------------------------------------------------
 
 
-def _tokenizer_for(model: ModelConfig, given: Path | None, checkpoint: Path, trained_sha256: str | None) -> Tokenizer:
+def _tokenizer_for(
+    model: ModelConfig, given: Path | None, checkpoint: Path, trained_sha256: str | None
+) -> Tokenizer:
     """Load the tokenizer to export, and check that it is the one the model was trained with."""
     from megatron_ext.checkpoint import layout
     from megatron_ext.data.tokenizer import Tokenizer
@@ -187,13 +216,13 @@ def _tokenizer_for(model: ModelConfig, given: Path | None, checkpoint: Path, tra
     tokenizer = Tokenizer.load(folder)
     if trained_sha256 not in (None, tokenizer.sha256):
         raise CheckpointError(
-            f"{folder}: its tokenizer.json (sha256 {tokenizer.sha256[:12]}) is not the one that the model was "
-            f"trained with ({str(trained_sha256)[:12]}); give that one with --tokenizer."
+            f"{folder}: its tokenizer.json (sha256 {tokenizer.sha256[:12]}) is not the one that the model "
+            f"was trained with ({str(trained_sha256)[:12]}); give that one with --tokenizer."
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
-            f"{folder}: ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has {model.vocab_size} "
-            "entries; give the tokenizer of this model with --tokenizer."
+            f"{folder}: ids up to {tokenizer.vocab_size - 1}, but the model's vocabulary has "
+            f"{model.vocab_size} entries; give the tokenizer of this model with --tokenizer."
         )
     return tokenizer
 
@@ -229,7 +258,7 @@ def _read_text(file: Path) -> str:
         raise CheckpointError(f"{file}: cannot be read as text ({error}).") from None
 
 
-# --- verification -----------------------------------------------------------------------------------------------------
+# --- verification -------------------------------------------------------------------------------------------
 
 
 class _Agreement(NamedTuple):
@@ -241,7 +270,8 @@ def _require_for_verify() -> None:
     missing = [name for name in ("transformers", "megatron") if find_spec(name) is None]
     if missing:
         raise CheckpointError(
-            f"--verify needs {' and '.join(missing)}, not installed here; install requirements.txt or leave it out."
+            f"--verify needs {' and '.join(missing)}, not installed here; "
+            "install requirements.txt or leave it out."
         )
 
 
@@ -249,13 +279,16 @@ def _verify(checkpoint: Path, folder: Path, model: ModelConfig, *, narrowed: boo
     """Compare both models on random ids, 2 sequences of up to 128 tokens, weights and arithmetic in fp32."""
     import torch
 
-    from megatron_ext.training.inference import forward_logits
-
     length = min(128, model.max_position_embeddings)
     tokens = torch.randint(model.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     print(f"verifying on {tokens.numel()} random tokens ...", flush=True)
-    theirs = _transformers_logits(folder, tokens)
-    ours = forward_logits(checkpoint, tokens)
+    with warnings.catch_warnings():
+        # megatron-core announces each optional package that it does without.
+        warnings.simplefilter("ignore")
+        theirs = _transformers_logits(folder, tokens)
+        from megatron_ext.training.inference import forward_logits
+
+        ours = forward_logits(checkpoint, tokens)
     difference = (ours - theirs).abs().max().item()
     top1 = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
     tolerance = NARROWED_TOLERANCE * ours.std().item() if narrowed else FP32_TOLERANCE
@@ -281,7 +314,7 @@ def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows)
 
 
-# --- folders and progress ---------------------------------------------------------------------------------------------
+# --- folders and progress -----------------------------------------------------------------------------------
 
 
 def _refuse_existing(target: Path) -> None:
@@ -327,9 +360,22 @@ def _progress(task: str, total: int) -> Iterator[Callable[[int], None]]:
     """Show bytes done, rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
     if sys.stderr.isatty() and find_spec("rich") is not None:
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
-        columns = (TextColumn(task), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn(task),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=Console(stderr=True)) as bar:
             handle = bar.add_task(task, total=total)
             yield lambda count: bar.advance(handle, count)
@@ -345,7 +391,7 @@ def _progress(task: str, total: int) -> Iterator[Callable[[int], None]]:
             shown = now
             rate = done / max(now - started, 1e-9)
             print(
-                f"{task}: {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e6:.0f} MB/s, "
+                f"{task}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.0f} MB/s, "
                 f"{max(0, total - done) / rate:.0f} s left",
                 file=sys.stderr,
                 flush=True,

@@ -160,7 +160,7 @@ def _optional_parts(pip: str) -> list[Part]:
         part("apex", "fusion of weight-gradient accumulation into the matrix product", _apex, gpu),
         part("mpi4py", "ranks under mpiexec; text tools over several nodes", _mpi4py),
         part("mpiexec", "starts ranks without Slurm (torchrun does too)", _mpiexec),
-        part("Slurm", "sbatch and srun on a cluster", _slurm, 
+        part("Slurm", "sbatch and srun on a cluster", _slurm,
              "nothing on one machine; on a cluster, ask those who run it"),
     ]  # fmt: skip
 

@@ -156,9 +156,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: not there; RUN must be a run directory or its {METRICS}"
-        ) from None
+        raise DataError(f"{path}: not there; RUN must be a run directory or its {METRICS}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     lines = text.split("\n")
@@ -203,8 +201,8 @@ def _position(row: dict[str, Any]) -> tuple[int, bool]:
 def smooth(values: Sequence[float], rows: int) -> list[float]:
     """Average each value with its neighbours, `rows` in all, as many before as after: the curve does not lag.
 
-    Fewer after towards the end, fewer of both towards the start, where the loss falls fastest. Values that are
-    not finite stay out of it.
+    Fewer after towards the end, fewer of both towards the start, where the loss falls fastest. Values that
+    are not finite stay out of it.
     """
     smoothed = []
     for index in range(len(values)):

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Turn JSON Lines text into Megatron's memory-mapped token format.
 
-The input is cut into chunks of whole lines. Workers tokenise chunks and write the ids into part files; the parent
-joins the parts in input order, so the output does not depend on the number of workers. Between the processes go only
-paths and counts, and at most `4 x workers` chunks are under way, so memory stays small whatever the size of the input.
+The input is cut into chunks of whole lines. Workers tokenise chunks and write the ids into part files; the
+parent joins the parts in input order, so the output does not depend on the number of workers. Between the
+processes go only paths and counts, and at most `4 x workers` chunks are under way, so memory stays small
+whatever the size of the input.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
 from megatron_ext.errors import EXIT_CODE, DataError, MegapintsError
+from tools.progress import Progress
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from megatron_ext.data.tokenizer import Tokenizer
 
 CHUNK_BYTES = 4 << 20
-"""Input per task: large enough to hide the cost of a task, small enough to keep all workers busy to the end."""
+"""Input per task: large enough to hide a task's cost, small enough to keep all workers busy to the end."""
 
 SHOWN_SKIPS = 10
 """Skipped records that are reported one by one; the rest are counted."""
@@ -44,15 +46,16 @@ Each input line is a JSON object with a text under every key of --json-keys. For
   OUTPUT_PREFIX_KEY_document.manifest.json     tokenizer, inputs (sha256), counts; written last
 and training takes the path without ending:  data.train_data = ["OUTPUT_PREFIX_KEY_document"].
 
-Ids are exactly those of the folder's tokenizer.json: no BOS unless --prepend-bos, and special tokens spelt out in
-the text become theirs. Blank lines are no documents. An empty text is an empty document: it holds no token, not even
-the end-of-document token, but keeps its place (with --prepend-bos it is BOS and the end, as in Megatron's own tool).
+Ids are exactly those of the folder's tokenizer.json: no BOS unless --prepend-bos, and special tokens spelt
+out in the text become theirs. Blank lines are no documents. An empty text is an empty document: it holds no
+token, not even the end-of-document token, but keeps its place (with --prepend-bos it is BOS and the end, as
+in Megatron's own tool).
 
 examples:
   python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \\
       --tokenizer tokenizers/pints --append-eod --workers 8
-  python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix data/ab --tokenizer tokenizers/pints \\
-      --json-keys text title --append-eod --on-error skip
+  python tools/preprocess_data.py --input a.jsonl b.jsonl --output-prefix data/ab \\
+      --tokenizer tokenizers/pints --json-keys text title --append-eod --on-error skip
 """
 
 
@@ -196,7 +199,9 @@ def _read_lines(chunk: Chunk) -> list[bytes]:
         file.seek(chunk.start)
         content = file.read(chunk.end - chunk.start)
     if len(content) != chunk.end - chunk.start:
-        raise DataError(f"{chunk.path}: became shorter while it was read; run again when nothing writes to it.")
+        raise DataError(
+            f"{chunk.path}: became shorter while it was read; run again when nothing writes to it."
+        )
     return content.split(b"\n")
 
 
@@ -235,49 +240,6 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-class Progress:
-    """Bytes done, rate and time left: one line rewritten on a terminal, a line per interval elsewhere."""
-
-    def __init__(self, total_bytes: int, *, interval: int, stream: TextIO) -> None:
-        self._total = max(total_bytes, 1)
-        self._interval = interval
-        self._stream = stream
-        self._live = stream.isatty()
-        self._began = time.monotonic()
-        self._bytes = 0
-        self._documents = 0
-
-    def update(self, num_bytes: int, documents: int) -> None:
-        """Count finished input and show it."""
-        before = self._documents // self._interval
-        self._bytes += num_bytes
-        self._documents += documents
-        if self._live:
-            self._stream.write(f"\r{self.line()}\033[K")
-            self._stream.flush()
-        elif self._documents // self._interval > before:
-            print(self.line(), file=self._stream, flush=True)
-
-    def line(self) -> str:
-        """Describe the state."""
-        seconds = max(time.monotonic() - self._began, 1e-9)
-        left = int((self._total - self._bytes) * seconds / max(self._bytes, 1))
-        return (
-            f"{self._bytes / self._total:6.1%}  {self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB"
-            f"  {self._documents:,} documents  {self._bytes / 1e6 / seconds:.2f} MB/s"
-            f"  ETA {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        )
-
-    def note(self, message: str) -> None:
-        """Print a line that stays."""
-        print(f"\r{message}\033[K" if self._live else message, file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Leave the live line."""
-        if self._live:
-            self._stream.write("\n")
-
-
 class Joiner(NamedTuple):
     """Where the parts come together: one writer per key."""
 
@@ -295,7 +257,9 @@ class Joiner(NamedTuple):
         skipped = 0
         for result in results:
             if result.problems and not self.skip_errors:
-                raise DataError(f"{result.problems[0]} Mend it, or leave such records out with --on-error skip.")
+                raise DataError(
+                    f"{result.problems[0]} Mend it, or leave such records out with --on-error skip."
+                )
             for problem in result.problems[: max(SHOWN_SKIPS - skipped, 0)]:
                 self.progress.note(f"skipped: {problem}")
             skipped += len(result.problems)
@@ -328,19 +292,19 @@ def preprocess(plan: Plan, stream: TextIO) -> list[Written]:
     dtype = token_dtype(_tokenizer(plan.settings.tokenizer).vocab_size)
     prefixes = [plan.prefix(key) for key in plan.settings.keys]
     inputs: list[InputRecord] = []
-    progress = Progress(sum(Path(p).stat().st_size for p in plan.inputs), interval=plan.log_interval, stream=stream)
+    total_bytes = sum(Path(path).stat().st_size for path in plan.inputs)
+    progress = Progress(total_bytes, stream=stream, interval_documents=plan.log_interval)
     aside = Path(plan.output_prefix)
     aside.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        parts = Path(
-            stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{aside.name}.partial-", dir=aside.parent))
-        )
+        folder = tempfile.TemporaryDirectory(prefix=f"{aside.name}.partial-", dir=aside.parent)
+        parts = Path(stack.enter_context(folder))
         writers = tuple(stack.enter_context(IndexedWriter(prefix, dtype=dtype)) for prefix in prefixes)
         results = encode_all(split_into_chunks(plan.inputs, inputs), plan.settings, parts, plan.workers)
         stack.callback(results.close)  # whatever happens, the workers stop before their folder goes
         stack.callback(progress.close)
         skipped = Joiner(parts, writers, plan.settings.skip_errors, progress).join(results)
-        written = [Written(prefix, writer.publish()) for prefix, writer in zip(prefixes, writers, strict=True)]
+        written = list(map(Written, prefixes, (writer.publish() for writer in writers)))
     for key, pair in zip(plan.settings.keys, written, strict=True):
         write_manifest(pair.prefix, make_manifest(plan, key, pair.totals, inputs=inputs, skipped=skipped))
     return written
@@ -379,13 +343,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines files, joined in this order")
-    add("--output-prefix", required=True, metavar="PREFIX", help="path that the names of the output begin with")
-    add("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json and tokenizer_config.json")
+    add("--output-prefix", required=True, metavar="PREFIX", help="path that the outputs' names begin with")
+    add("--tokenizer", required=True, metavar="FOLDER", help="folder with tokenizer.json and its companions")
     add("--json-keys", nargs="+", default=["text"], metavar="KEY", help="keys to tokenise (default: text)")
     add("--append-eod", action="store_true", help="end every document that is not empty with eos_token")
     add("--prepend-bos", action="store_true", help="begin every document with bos_token")
     add("--workers", type=int, default=1, metavar="N", help="processes that tokenise (default 1)")
-    add("--log-interval", type=int, default=10000, metavar="N", help="documents between progress lines (10000)")
+    add("--log-interval", type=int, default=10000, metavar="N", help="documents per progress line (10000)")
     add("--on-error", choices=("fail", "skip"), default="fail", help="what a bad record does (default fail)")
     return parser.parse_args(argv)
 
@@ -407,7 +371,9 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise DataError(f"--input {path}: is packed; unpack it to JSON Lines first.")
     for key in args.json_keys:
         if "/" in key or args.json_keys.count(key) > 1:
-            raise DataError(f"--json-keys {key!r}: must be given once and hold no '/', for files are named after it.")
+            raise DataError(
+                f"--json-keys {key!r}: must be given once and hold no '/', for files are named after it."
+            )
     if args.prepend_bos and _tokenizer(args.tokenizer).bos is None:
         raise DataError(f"--prepend-bos: {args.tokenizer} names no bos_token; leave the option out.")
     return Plan(
@@ -435,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
-        print("interrupted: nothing was written.", file=sys.stderr)
+        print("interrupted.", file=sys.stderr)
         return 128 + signal.SIGINT
     for prefix, totals in written:
         print(

@@ -1,9 +1,10 @@
 """Read and write a `torch_dist` checkpoint directory with torch.distributed.checkpoint (DCP) alone.
 
-No megatron, no process group, no GPU. The directory holds `.metadata` (a pickle: which file has which part of
-which tensor), `*.distcp` (the parts, each by torch.save), `common.pt` (plain values) and `metadata.json`
-(Megatron's format version). Tensors of all layers lie stacked under one key, layers on axis 0, cut in any way by the
-tensor- and pipeline-parallel layout that wrote them; `CheckpointReader.read` puts a tensor, or one layer of it, together.
+No megatron, no process group, no GPU. The directory holds `.metadata` (a pickle: which file has which part
+of which tensor), `*.distcp` (the parts, each by torch.save), `common.pt` (plain values) and `metadata.json`
+(Megatron's format version). Tensors of all layers lie stacked under one key, layers on axis 0, cut in any way
+by the tensor- and pipeline-parallel layout that wrote them; `CheckpointReader.read` puts a tensor, or one
+layer of it, together.
 
 Both directions stream: one tensor, or one layer of a stacked tensor, is in memory at a time.
 """
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -40,6 +41,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_ext.errors import CheckpointError
 
@@ -51,8 +53,8 @@ _MEGATRON_FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# All that DCP (torch 2.11 to 2.13) and megatron-core (0.16.1, 0.19.2) put into `.metadata`. Data classes and enums only:
-# building one runs no code of the file's choosing. torch dtypes are admitted besides.
+# All that DCP (torch 2.11 to 2.13) and megatron-core (0.16.1, 0.19.2) put into `.metadata`. Data classes and
+# enums only: building one runs no code of the file's choosing. torch dtypes are admitted besides.
 _ADMITTED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -95,7 +97,8 @@ class CheckpointReader:
         """Read the directory's index; tensors are read one by one, later.
 
         Raises:
-            CheckpointError: it is not a torch_dist checkpoint, or its `.metadata` is damaged or holds foreign objects.
+            CheckpointError: it is not a torch_dist checkpoint, or its `.metadata` is damaged or holds foreign
+                objects.
         """
         self.directory = directory
         _check_format(directory)
@@ -109,13 +112,15 @@ class CheckpointReader:
         }
 
     def read(self, key: str, *, layer: int | None = None) -> torch.Tensor:
-        """Read one tensor, or one layer of a stacked one (without the layer axis), in the type it was stored in.
+        """Read one tensor, or one layer of a stacked one (without the layer axis), in its stored type.
 
         Raises:
             CheckpointError: there is no such tensor, or its data is missing, cut short or damaged.
         """
         if key not in self.tensors:
-            raise CheckpointError(f"{self.directory}: holds no tensor {key}; it is not a checkpoint of this model.")
+            raise CheckpointError(
+                f"{self.directory}: holds no tensor {key}; it is not a checkpoint of this model."
+            )
         shape, dtype = self.tensors[key]
         if layer is None:
             wanted = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
@@ -133,7 +138,9 @@ class CheckpointReader:
         except (OSError, RuntimeError, EOFError, ValueError, AssertionError, pickle.UnpicklingError) as error:
             files = sorted({self._part(item)[0] for item in items})
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"{self.directory}: {key}: damaged data in {', '.join(files)} ({reason}).") from None
+            raise CheckpointError(
+                f"{self.directory}: {key}: damaged data in {', '.join(files)} ({reason})."
+            ) from None
         return target if layer is None else target[0]
 
     def _check_parts(self, key: str, items: list[ReadItem], numel: int) -> None:
@@ -152,13 +159,17 @@ class CheckpointReader:
                 raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, use another.")
             size = file.stat().st_size
             if size < end:
-                raise CheckpointError(f"{file}: cut short ({size} bytes, {end} needed); use another checkpoint.")
+                raise CheckpointError(
+                    f"{file}: cut short ({size} bytes, {end} needed); use another checkpoint."
+                )
 
     def _part(self, item: ReadItem) -> tuple[str, int]:
         """Name the file that holds a part, and the byte at which the part ends."""
         info = self._storage.storage_data.get(item.storage_index)
         if info is None:
-            raise CheckpointError(f"{self.directory / METADATA}: does not say where {item.storage_index.fqn} lies.")
+            raise CheckpointError(
+                f"{self.directory / METADATA}: does not say where {item.storage_index.fqn} lies."
+            )
         return str(info.relative_path), int(info.offset) + int(info.length)
 
 
@@ -182,7 +193,8 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise CheckpointError(
-            f"holds a foreign object ({module}.{name}), which loading could let run code; do not trust this checkpoint."
+            f"holds a foreign object ({module}.{name}), which loading could let run code; "
+            "do not trust this checkpoint."
         )
 
 
@@ -206,7 +218,7 @@ def _read_metadata(file: Path) -> Metadata:
     return metadata
 
 
-class _MetadataGivenReader(dcp.FileSystemReader):
+class _MetadataGivenReader(FileSystemReader):
     """FileSystemReader that never unpickles `.metadata` itself: it is handed the one that was read safely."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -278,13 +290,13 @@ def write_checkpoint(
     missing = [key for key, numel in covered.items() if numel != math.prod(tensors[key].shape)]
     assert not missing, f"requests do not cover {missing} exactly"
     torch.save(dict(common), directory / "common.pt")
-    # per_thread_copy_ahead=0 and one thread: DCP then asks for each tensor just before it writes it, in our order,
-    # with a CUDA device present too.
-    writer = dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
+    # per_thread_copy_ahead=0 and one thread: DCP then asks for each tensor just before it writes it, in our
+    # order, with a CUDA device present too.
+    writer = FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         planner = _StreamingSavePlanner(tensors, requests, produce)
-        dcp.save({}, storage_writer=writer, planner=planner, no_dist=True)
+        save({}, storage_writer=writer, planner=planner, no_dist=True)
     (directory / "metadata.json").write_text(json.dumps(_MEGATRON_FORMAT))
 
 
@@ -326,7 +338,8 @@ class _StreamingSavePlanner(SavePlanner):
         for request in self._requests:
             info = self._tensors[request.key]
             entry = entries.setdefault(
-                request.key, TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), [])
+                request.key,
+                TensorStorageMetadata(TensorProperties(dtype=info.dtype), torch.Size(info.shape), []),
             )
             entry.chunks.append(self._chunk(request))
         return all_plans, Metadata(entries)
@@ -341,7 +354,9 @@ class _StreamingSavePlanner(SavePlanner):
         if request.layer is not None:
             tensor = tensor.unsqueeze(0)
         expected = (self._chunk(request).sizes, info.dtype)
-        assert (tensor.shape, tensor.dtype) == expected, f"{request}: {tensor.shape}, {tensor.dtype}, not {expected}"
+        assert (tensor.shape, tensor.dtype) == expected, (
+            f"{request}: {tensor.shape}, {tensor.dtype}, not {expected}"
+        )
         return tensor.contiguous()
 
     def _chunk(self, request: WriteRequest) -> ChunkStorageMetadata:

@@ -1,4 +1,4 @@
-"""Stream weights between a `torch_dist` checkpoint and a Hugging Face folder, one layer's tensor at a time."""
+"""Stream weights between a `torch_dist` checkpoint and a Hugging Face folder, a layer's tensor at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def model_of(description: CheckpointDescription, *, where: Path) -> ModelConfig:
     try:
         return ModelConfig(**description.model)
     except TypeError as error:
-        raise CheckpointError(f"{where / layout.DESCRIPTION}: its model is of another version ({error}).") from None
+        raise CheckpointError(
+            f"{where / layout.DESCRIPTION}: its model is of another version ({error})."
+        ) from None
 
 
 def stored_dtype(reader: CheckpointReader, model: ModelConfig) -> torch.dtype:
@@ -90,7 +92,7 @@ def import_bytes(reader: HfReader, model: ModelConfig) -> int:
 
 
 def import_weights(reader: HfReader, model: ModelConfig, directory: Path, *, on_bytes: OnBytes) -> None:
-    """Write the weights of a Hugging Face folder into an empty directory as a `torch_dist` checkpoint, same type, same bits.
+    """Write a Hugging Face folder's weights into an empty directory as a `torch_dist` checkpoint, same bits.
 
     Raises:
         CheckpointError: the folder's tensors are not those of the model, or are damaged.

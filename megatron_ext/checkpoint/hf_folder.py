@@ -1,8 +1,8 @@
 """Read and write the tensors of a Hugging Face folder one at a time.
 
-safetensors' own writer wants all tensors of a file in memory, and its reader maps whole files, which then count as
-resident memory. The format is small enough to do directly: 8 bytes (little-endian length of the header), a JSON header
-{name: {dtype, shape, data_offsets}}, then the raw tensors without gaps.
+safetensors' own writer wants all tensors of a file in memory, and its reader maps whole files, which then
+count as resident memory. The format is small enough to do directly: 8 bytes (little-endian length of the
+header), a JSON header {name: {dtype, shape, data_offsets}}, then the raw tensors without gaps.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HfTensor(NamedTuple):
 
 
 class HfReader:
-    """A Hugging Face folder with config.json and safetensors weights, in one file or in shards with an index."""
+    """A Hugging Face folder: config.json and safetensors weights, in one file or in shards with an index."""
 
     def __init__(self, folder: Path) -> None:
         """Read the configuration and the headers of all weight files.
@@ -69,7 +69,10 @@ class HfReader:
                 problems.append(f"{self.folder}: tensor {name} is missing.")
             elif self.tensors[name].shape != shape:
                 found = list(self.tensors[name].shape)
-                problems.append(f"{self.tensors[name].file}: {name} has shape {found}; by config.json it is {list(shape)}.")
+                problems.append(
+                    f"{self.tensors[name].file}: {name} has shape {found}; "
+                    f"by config.json it is {list(shape)}."
+                )
         problems += [f"{self.folder}: tensor {name} is not known here." for name in self.unknown(expected)]
         if problems:
             shown = problems[:5] + ([f"... and {len(problems) - 5} more."] if len(problems) > 5 else [])
@@ -77,11 +80,12 @@ class HfReader:
         dtypes = {str(self.tensors[name].dtype).removeprefix("torch.") for name in expected}
         if len(dtypes) > 1:
             raise CheckpointError(
-                f"{self.folder}: the tensors have mixed types ({', '.join(sorted(dtypes))}); save them in one type first."
+                f"{self.folder}: the tensors have mixed types ({', '.join(sorted(dtypes))}); "
+                "save them in one type first."
             )
 
     def unknown(self, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """List tensors that are neither expected nor derived from the configuration (rotary tables of old folders)."""
+        """List tensors that are neither expected nor rotary tables, which old folders carry."""
         tied_head = "lm_head.weight" not in expected
         return [
             name
@@ -101,7 +105,7 @@ class HfReader:
         raw = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         with file.open("rb", buffering=0) as stream:
             stream.seek(start)
-            if not _fill(stream, memoryview(raw.numpy())):
+            if not _fill(stream, raw.numpy().data):
                 raise CheckpointError(f"{file}: cut short in tensor {name}; download or convert it again.")
         return raw.view(dtype).view(shape)
 
@@ -168,11 +172,15 @@ def _read_header(file: Path) -> dict[str, HfTensor]:
             raise CheckpointError(f"{file}: damaged header at tensor {name}.") from None
         dtype = _DTYPES.get(dtype_name)
         if dtype is None:
-            raise CheckpointError(f"{file}: {name} has type {dtype_name}; it must be one of {', '.join(_DTYPES)}.")
+            raise CheckpointError(
+                f"{file}: {name} has type {dtype_name}; it must be one of {', '.join(_DTYPES)}."
+            )
         if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
             raise CheckpointError(f"{file}: damaged header at tensor {name} (size and shape differ).")
         if 8 + length + end > size:
-            raise CheckpointError(f"{file}: cut short ({size} bytes, {8 + length + end} needed); get it again.")
+            raise CheckpointError(
+                f"{file}: cut short ({size} bytes, {8 + length + end} needed); get it again."
+            )
         tensors[name] = HfTensor(file, dtype, shape, 8 + length + begin)
     return tensors
 
@@ -187,7 +195,7 @@ class HfWriter:
     def __init__(
         self, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, *, max_shard_bytes: int
     ) -> None:
-        """Plan the shards of an existing folder: as many tensors in each as fit in max_shard_bytes, at least one."""
+        """Plan the shards of an existing folder: each holds up to max_shard_bytes, or one larger tensor."""
         self._folder = folder
         self._dtype = dtype
         self._shapes = dict(shapes)
@@ -222,9 +230,11 @@ class HfWriter:
         assert self._stream is not None
         expected = self._shards[self._shard][self._next]
         assert name == expected, f"tensor {name} comes where {expected} was planned"
-        assert tuple(tensor.shape) == self._shapes[name], f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
+        assert tuple(tensor.shape) == self._shapes[name], (
+            f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
+        )
         raw = tensor.to(self._dtype).contiguous().view(torch.uint8).flatten()
-        remaining = memoryview(raw.numpy())
+        remaining = raw.numpy().data
         while remaining:  # one write(2) moves at most 2 GiB
             remaining = remaining[self._stream.write(remaining) :]
         self._next += 1
@@ -260,7 +270,9 @@ class HfWriter:
 
     def _write_index(self) -> None:
         numel = sum(math.prod(shape) for shape in self._shapes.values())
-        weight_map = {name: self._file_name(shard) for shard, names in enumerate(self._shards) for name in names}
+        weight_map = {
+            name: self._file_name(shard) for shard, names in enumerate(self._shards) for name in names
+        }
         index = {
             "metadata": {"total_parameters": numel, "total_size": numel * self._dtype.itemsize},
             "weight_map": weight_map,

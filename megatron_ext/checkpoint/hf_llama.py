@@ -1,21 +1,22 @@
 """The Llama family in Hugging Face's terms and in Megatron's: configuration, names, layouts. Pure functions.
 
-Legend: h hidden, v true and p padded vocabulary, n query heads, g query groups, r = n / g, d kv_channels, f ffn.
+Legend: h hidden, v true and p padded vocabulary, n query heads, g query groups, r = n / g, d kv_channels,
+f ffn.
 
-    Hugging Face                                   Megatron checkpoint key (stacked over layers on axis 0)
-    model.embed_tokens             [v, h]          embedding.word_embeddings.weight                     [p, h]
-    layers.i.input_layernorm       [h]             decoder.layers.self_attention.linear_qkv.layer_norm_weight
-    layers.i.self_attn.{q,k,v}_proj                decoder.layers.self_attention.linear_qkv.weight [g(r+2)d, h]
-    layers.i.self_attn.o_proj      [h, nd]         decoder.layers.self_attention.linear_proj.weight
-    layers.i.post_attention_layernorm [h]          decoder.layers.mlp.linear_fc1.layer_norm_weight
-    layers.i.mlp.{gate,up}_proj    [f, h] each     decoder.layers.mlp.linear_fc1.weight      [gate; up: 2f, h]
-    layers.i.mlp.down_proj         [h, f]          decoder.layers.mlp.linear_fc2.weight
-    model.norm                     [h]             decoder.final_layernorm.weight
-    lm_head (absent when tied)     [v, h]          output_layer.weight                                  [p, h]
+    Hugging Face                                  Megatron checkpoint key (stacked over layers on axis 0)
+    model.embed_tokens            [v, h]          embedding.word_embeddings.weight                     [p, h]
+    layers.i.input_layernorm      [h]             decoder.layers.self_attention.linear_qkv.layer_norm_weight
+    layers.i.self_attn.{q,k,v}_proj               decoder.layers.self_attention.linear_qkv.weight
+    layers.i.self_attn.o_proj     [h, nd]         decoder.layers.self_attention.linear_proj.weight
+    layers.i.post_attention_layernorm [h]         decoder.layers.mlp.linear_fc1.layer_norm_weight
+    layers.i.mlp.{gate,up}_proj   [f, h] each     decoder.layers.mlp.linear_fc1.weight      [gate; up: 2f, h]
+    layers.i.mlp.down_proj        [h, f]          decoder.layers.mlp.linear_fc2.weight
+    model.norm                    [h]             decoder.final_layernorm.weight
+    lm_head (absent when tied)    [v, h]          output_layer.weight                                  [p, h]
 
-The keys are the same for Megatron's local layers and for Transformer Engine's. Query, key and value are
-interleaved by group: each group's r query heads, then its key head, then its value head. Both sides rotate halves
-(not neighbouring pairs), so the rotary embedding needs no permutation.
+The keys are the same for Megatron's local layers and for Transformer Engine's. Query [nd, h], key and value
+[gd, h] are interleaved by group into [g(r+2)d, h]: each group's r query heads, then its key head, then its
+value head. Both sides rotate halves (not neighbouring pairs), so the rotary embedding needs no permutation.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ _LAYER_NAMES = (
 # configuration_mistral.py of transformers 5.23; the same in 4.x).
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "MistralForCausalLM": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "MistralForCausalLM": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
 }
 _COMMON_DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "hidden_act": "silu"}
 _DEFAULT_ROTARY_BASE = 10000.0
@@ -77,7 +82,7 @@ class SpecialTokens(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """One Megatron tensor, or one layer of a stacked one, and the HF tensors that hold the same numbers."""
+    """One Megatron tensor, or one layer of a stacked one, and the HF tensors of the same numbers."""
 
     key: str
     layer: int | None
@@ -96,127 +101,142 @@ def model_from_hf(config: Mapping[str, Any], *, where: str) -> HfModel:
         where: path of the file, for messages.
 
     Raises:
-        CheckpointError: it is another architecture, or something in it cannot be represented; all problems at once.
+        CheckpointError: it is another architecture, or something in it cannot be represented; all problems
+            at once.
     """
-    architecture = _architecture(config, where)
-    values = {**_COMMON_DEFAULTS, **_DEFAULTS[architecture], **config}
-    problems: list[str] = []
-    notes: list[str] = []
-
-    def integer(name: str) -> int:
-        value = values.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-        problems.append(f"{where}: {name} ({value!r}) must be a positive whole number.")
-        return 1
-
-    def number(name: str, value: Any) -> float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-            return float(value)
-        problems.append(f"{where}: {name} ({value!r}) must be a positive number.")
-        return 1.0
-
-    hidden_size, heads = integer("hidden_size"), integer("num_attention_heads")
-    if values.get("num_key_value_heads") is None:
-        values["num_key_value_heads"] = heads
-    groups = integer("num_key_value_heads")
+    fields = _Fields(config, architecture=_architecture(config, where), where=where)
+    hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    groups = (
+        heads if fields.values.get("num_key_value_heads") is None else fields.integer("num_key_value_heads")
+    )
     if heads % groups:
-        problems.append(f"{where}: num_key_value_heads ({groups}) must divide num_attention_heads ({heads}).")
-    head_dim = None if values.get("head_dim") is None else integer("head_dim")
+        fields.refuse(f"num_key_value_heads ({groups}) must divide num_attention_heads ({heads}).")
+    head_dim = None if fields.values.get("head_dim") is None else fields.integer("head_dim")
     if head_dim is None and hidden_size % heads:
-        problems.append(f"{where}: hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({heads}).")
-    max_positions = integer("max_position_embeddings")
-    if values.get("sliding_window") is not None:
-        window = integer("sliding_window")
-        if window < max_positions:
-            notes.append(
-                f"sliding_window {window}: attention here is over the whole sequence, which is the same up to "
-                f"{window} tokens; max_position_embeddings becomes {window} (was {max_positions})."
-            )
-            max_positions = window
-    problems += _unsupported(values, where)
-    rotary_base, scaling_factor = _read_rope(values, where, problems)
+        fields.refuse(f"hidden_size ({hidden_size}) must be a multiple of num_attention_heads ({heads}).")
+    max_positions, notes = _read_positions(fields)
+    rotary_base, scaling_factor = _read_rope(fields)
+    _refuse_unsupported(fields)
     model = ModelConfig(
-        num_layers=integer("num_hidden_layers"),
+        num_layers=fields.integer("num_hidden_layers"),
         hidden_size=hidden_size,
-        ffn_hidden_size=integer("intermediate_size"),
+        ffn_hidden_size=fields.integer("intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=None if head_dim is None or head_dim * heads == hidden_size else head_dim,
-        vocab_size=integer("vocab_size"),
+        vocab_size=fields.integer("vocab_size"),
         max_position_embeddings=max_positions,
-        share_embeddings_and_output_weights=bool(values.get("tie_word_embeddings", False)),
-        layernorm_epsilon=number("rms_norm_eps", values["rms_norm_eps"]),
-        rotary_base=number("rope_theta", rotary_base),
+        share_embeddings_and_output_weights=bool(fields.values.get("tie_word_embeddings", False)),
+        layernorm_epsilon=fields.number("rms_norm_eps"),
+        rotary_base=rotary_base,
         rotary_scaling_factor=scaling_factor,
         init_method="megatron",
-        init_method_std=number("initializer_range", values["initializer_range"]),
+        init_method_std=fields.number("initializer_range"),
     )
-    if problems:
-        raise CheckpointError("\n".join(problems))
-    return HfModel(model, tuple(notes))
+    if fields.problems:
+        raise CheckpointError("\n".join(fields.problems))
+    return HfModel(model, notes)
+
+
+class _Fields:
+    """The fields of a config.json over transformers' defaults, and the problems found while reading them."""
+
+    def __init__(self, config: Mapping[str, Any], *, architecture: str, where: str) -> None:
+        self.values: dict[str, Any] = {**_COMMON_DEFAULTS, **_DEFAULTS[architecture], **config}
+        self.where = where
+        self.problems: list[str] = []
+
+    def refuse(self, problem: str) -> None:
+        self.problems.append(f"{self.where}: {problem}")
+
+    def integer(self, name: str) -> int:
+        value = self.values.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+        self.refuse(f"{name} ({value!r}) must be a positive whole number.")
+        return 1
+
+    def number(self, name: str) -> float:
+        return self.positive(name, self.values.get(name))
+
+    def positive(self, name: str, value: object) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return float(value)
+        self.refuse(f"{name} ({value!r}) must be a positive number.")
+        return 1.0
 
 
 def _architecture(config: Mapping[str, Any], where: str) -> str:
     named = config.get("architectures") or []
     by_type = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-    found = named[0] if named else by_type.get(str(config.get("model_type")))
+    found = str(named[0]) if named else by_type.get(str(config.get("model_type")))
     if found not in _DEFAULTS:
         name = found or config.get("model_type") or "not named"
         raise CheckpointError(
             f"{where}: architecture {name} is not supported; it must be one of {', '.join(_DEFAULTS)}."
         )
-    return str(found)
+    return found
 
 
-def _unsupported(values: Mapping[str, Any], where: str) -> list[str]:
-    problems = [
-        f"{where}: {name} is true, but layers here have no biases; the model cannot be represented."
-        for name in ("attention_bias", "mlp_bias")
-        if values.get(name)
-    ]
-    if values["hidden_act"] not in ("silu", "swish"):
-        problems.append(f"{where}: hidden_act ({values['hidden_act']!r}) must be silu (SwiGLU).")
-    if values.get("quantization_config") is not None:
-        problems.append(f"{where}: the weights are quantised; give the folder with the original weights.")
-    return problems
+def _read_positions(fields: _Fields) -> tuple[int, tuple[str, ...]]:
+    """Read the longest sequence, and a note where a sliding window shortens it."""
+    positions = fields.integer("max_position_embeddings")
+    if fields.values.get("sliding_window") is None:
+        return positions, ()
+    window = fields.integer("sliding_window")
+    if window >= positions:
+        return positions, ()
+    note = (
+        f"sliding_window {window}: attention here is over the whole sequence, which is the same up to "
+        f"{window} tokens; max_position_embeddings becomes {window} (was {positions})."
+    )
+    return window, (note,)
 
 
-def _read_rope(values: Mapping[str, Any], where: str, problems: list[str]) -> tuple[Any, float | None]:
-    """Read (rotary base, Llama-3 scaling factor or None); problems are added to the list."""
-    scaling = values.get("rope_scaling") or {}
-    parameters = values.get("rope_parameters") or {}
+def _read_rope(fields: _Fields) -> tuple[float, float | None]:
+    """Read the rotary base, and Llama-3's scaling factor or None."""
+    values = fields.values
+    scaling, parameters = values.get("rope_scaling") or {}, values.get("rope_parameters") or {}
     if not isinstance(scaling, Mapping) or not isinstance(parameters, Mapping):
-        problems.append(f"{where}: rope_scaling and rope_parameters must be tables.")
-        return _DEFAULT_ROTARY_BASE, None
-    bases = {value for value in (values.get("rope_theta"), parameters.get("rope_theta")) if value is not None}
-    if len(bases) > 1:
-        problems.append(
-            f"{where}: rope_theta ({values['rope_theta']}) and rope_parameters.rope_theta "
-            f"({parameters['rope_theta']}) differ; remove one."
+        fields.refuse("rope_scaling and rope_parameters must be tables.")
+        return 1.0, None
+    bases = [base for base in (parameters.get("rope_theta"), values.get("rope_theta")) if base is not None]
+    if len(bases) == 2 and bases[0] != bases[1]:
+        fields.refuse(
+            f"rope_theta ({bases[1]}) and rope_parameters.rope_theta ({bases[0]}) differ; remove one."
         )
+    base = fields.positive("rope_theta", bases[0]) if bases else _DEFAULT_ROTARY_BASE
     rope = {**scaling, **parameters}
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    base = next(iter(bases), _DEFAULT_ROTARY_BASE)
     if kind == "default":
         return base, None
     if kind != "llama3":
-        problems.append(f"{where}: rotary embedding of type {kind!r} is not supported; it must be default or llama3.")
+        fields.refuse(f"rotary embedding of type {kind!r} is not supported; it must be default or llama3.")
         return base, None
     for name, built_in in _LLAMA3_SCALING.items():
         if rope.get(name) != built_in:
-            problems.append(f"{where}: {name} of llama3 scaling ({rope.get(name)}) must be {built_in:g}, as in Megatron.")
-    factor = rope.get("factor")
-    if not isinstance(factor, int | float) or factor <= 0:
-        problems.append(f"{where}: factor of llama3 scaling ({factor!r}) must be a positive number.")
-        return base, None
-    return base, float(factor)
+            fields.refuse(
+                f"{name} of llama3 scaling ({rope.get(name)}) must be {built_in:g}, as in Megatron."
+            )
+    return base, fields.positive("factor of llama3 scaling", rope.get("factor"))
+
+
+def _refuse_unsupported(fields: _Fields) -> None:
+    values = fields.values
+    for name in ("attention_bias", "mlp_bias"):
+        if values.get(name):
+            fields.refuse(f"{name} is true, but layers here have no biases; the model cannot be represented.")
+    if values["hidden_act"] not in ("silu", "swish"):
+        fields.refuse(f"hidden_act ({values['hidden_act']!r}) must be silu (SwiGLU).")
+    if values.get("quantization_config") is not None:
+        fields.refuse("the weights are quantised; give the folder with the original weights.")
 
 
 def model_to_hf(model: ModelConfig, *, dtype: str, special: SpecialTokens) -> dict[str, Any]:
-    """Write a model as a LlamaForCausalLM config.json that transformers 4 and 5 and vLLM read alike.
+    """Write a model as a LlamaForCausalLM config.json that transformers 4 and 5 read alike.
 
-    The rotary embedding is given both ways: `rope_theta` and `rope_scaling` for transformers 4, `rope_parameters` for 5.
+    The rotary embedding is given both ways: `rope_theta` and `rope_scaling` for transformers 4,
+    `rope_parameters` for 5.
 
     Args:
         model: the model; what it came from (Mistral included) is written as Llama, which computes the same.
@@ -262,11 +282,13 @@ def generation_config(special: SpecialTokens) -> dict[str, Any]:
 
 
 def pieces(model: ModelConfig) -> list[Piece]:
-    """List every tensor of the model once, layer after layer, in the order in which a forward pass meets them."""
+    """List every tensor of the model once, layer after layer, in the order of a forward pass."""
     listed = [Piece(EMBEDDING, None, ("model.embed_tokens.weight",))]
     for layer in range(model.num_layers):
         for key, modules in _LAYER_NAMES:
-            listed.append(Piece(key, layer, tuple(f"model.layers.{layer}.{module}.weight" for module in modules)))
+            listed.append(
+                Piece(key, layer, tuple(f"model.layers.{layer}.{module}.weight" for module in modules))
+            )
     listed.append(Piece(FINAL_NORM, None, ("model.norm.weight",)))
     if not model.share_embeddings_and_output_weights:
         listed.append(Piece(OUTPUT, None, ("lm_head.weight",)))
@@ -309,7 +331,9 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         FC2: ((h, f),),
     }
     return {
-        name: shape for piece in pieces(model) for name, shape in zip(piece.hf_names, by_key[piece.key], strict=True)
+        name: shape
+        for piece in pieces(model)
+        for name, shape in zip(piece.hf_names, by_key[piece.key], strict=True)
     }
 
 
@@ -332,7 +356,7 @@ def to_hf(piece: Piece, tensor: torch.Tensor, model: ModelConfig) -> dict[str, t
 def from_hf(piece: Piece, tensors: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
     """Turn the Hugging Face tensors of a piece, in the order of its `hf_names`, into the Megatron tensor.
 
-    Rows that pad the vocabulary are zero: their logits are 0 until training moves them, and export drops them.
+    Rows that pad the vocabulary are zero: their logits are 0 until training moves them; export drops them.
     """
     if piece.key == QKV:
         query, key, value = tensors
@@ -347,7 +371,9 @@ def from_hf(piece: Piece, tensors: Sequence[torch.Tensor], model: ModelConfig) -
     return tensor
 
 
-def merge_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig) -> torch.Tensor:
+def merge_qkv(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig
+) -> torch.Tensor:
     """Interleave query [nd, h], key [gd, h] and value [gd, h] by query group into [g(r+2)d, h]."""
     g, h = model.num_query_groups, model.hidden_size
     grouped = [part.reshape(g, -1, h) for part in (query, key, value)]

@@ -64,10 +64,11 @@ def check_tensor_parallel(config: Config) -> Iterator[str]:
         ]
     )
     name = f"parallel.tensor_model_parallel_size ({size})"
-    for what, width in widths.items():
-        if width % size:
-            yield f"{name} must divide {what}; use {use}."
-    if not groups_fit(size):
+    # One line is enough: its advice keeps every rule.
+    split_unevenly = [what for what, width in widths.items() if width % size]
+    if split_unevenly:
+        yield f"{name} must divide {split_unevenly[0]}; use {use}."
+    elif not groups_fit(size):
         yield f"{name} must divide model.num_query_groups ({groups}) or be a multiple of it; use {use}."
 
 

@@ -1,6 +1,7 @@
 """Layer 4: Megatron's memory-mapped token format, written and read with numpy alone.
 
-`PREFIX.bin` holds the token ids of all documents, one after another, without a header. `PREFIX.idx` holds, little-endian:
+`PREFIX.bin` holds the token ids of all documents, one after another, without a header. `PREFIX.idx` holds,
+little-endian:
 
     offset  bytes  content
     0       9      b"MMIDIDX\\0\\0"
@@ -12,8 +13,9 @@
             8 S    int64 byte offset of each sequence in .bin
             8 D    int64 first sequence of each document, and S at the end
 
-A document is one sequence here; an empty document is none, but keeps its entry in the document index. The format is that of
-megatron-core's datasets/indexed_dataset.py (@0.16.1 and @0.19.2), and files are equal to its builder's byte for byte.
+A document is one sequence here; an empty document is none, but keeps its entry in the document index. The
+format is that of megatron-core's datasets/indexed_dataset.py (@0.16.1 and @0.19.2), and files are equal to
+its builder's byte for byte.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Choose the ids' type by the vocabulary: uint16 below 65,500, else int32 (as megatron-core's DType.optimal_dtype)."""
+    """Choose the ids' type by the vocabulary, as megatron-core's DType.optimal_dtype does."""
     return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 

@@ -33,8 +33,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML as 1.5-Pints writes it, but for one thing: its published template ends a conversation whose last turn is
-the assistant's with a second end token, after the newline, which no training text has. This one does not."""
+"""ChatML as 1.5-Pints writes it, but for one thing: its published template ends a conversation whose last
+turn is the assistant's with a second end token, after the newline, which no training text has. This one does
+not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +61,7 @@ class Tokenizer:
         leaves out.
 
         Raises:
-            DataError: the folder or tokenizer.json is missing or damaged, or there is no eos_token with an id.
+            DataError: the folder or tokenizer.json is missing or damaged, or no eos_token has an id.
         """
         folder = Path(folder)
         content = _read_bytes(folder / "tokenizer.json")
@@ -69,12 +70,14 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         roles = special_roles(folder)
-        ids = {role: backend.token_to_id(token) for role, token in roles.items()}
+        ids: dict[str, int] = {}
         for role, token in roles.items():
-            if ids[role] is None:
+            number = backend.token_to_id(token)
+            if number is None:
                 raise DataError(
-                    f"{folder}: {role} is {token!r}, which is not in tokenizer.json; make the two files agree."
+                    f"{folder}: {role} is {token!r}, which tokenizer.json does not have; make the two agree."
                 )
+            ids[role] = number
         if "eos_token" not in ids:
             raise DataError(
                 f"{folder}: names no eos_token, which ends every document; "
@@ -91,7 +94,7 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """Turn a text into ids; adds no special token, but special tokens spelt out in the text become theirs."""
+        """Turn a text into ids: adds no special token, but one spelt out in the text gets its id."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -130,9 +133,10 @@ def special_roles(folder: Path) -> dict[str, str]:
 
 
 def read_chat_template(folder: Path) -> Any:
-    """Read a folder's chat template: chat_template.jinja first (as transformers does), else tokenizer_config.json.
+    """Read a folder's chat template: from chat_template.jinja if there, else from tokenizer_config.json.
 
-    Returns a string, or the list of named templates that tokenizer_config.json may hold, or None.
+    That is the order of transformers. Returns a string, or the list of named templates that
+    tokenizer_config.json may hold, or None.
     """
     try:
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -177,7 +181,7 @@ def write_tokenizer_folder(
     model_max_length: int,
     chat_template: Any = None,
 ) -> None:
-    """Write the three files of a tokenizer folder, tokenizer.json last: without it a folder is no tokenizer."""
+    """Write a tokenizer folder's three files, tokenizer.json last: without it a folder is no tokenizer."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model_max_length,
@@ -209,7 +213,9 @@ def _read_bytes(path: Path) -> bytes:
         if not path.parent.is_dir():
             problem = f"{path.parent}: no such folder; must be a tokenizer folder (with a tokenizer.json)."
         elif isinstance(error, FileNotFoundError):
-            problem = f"{path}: missing; a tokenizer folder must hold one (a tokenizer.model alone will not do)."
+            problem = (
+                f"{path}: missing; a tokenizer folder must hold one (tokenizer.model alone will not do)."
+            )
         else:
             problem = f"{path}: cannot be read ({error.strerror})."
         raise DataError(problem) from error

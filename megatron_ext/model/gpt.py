@@ -53,6 +53,8 @@ def wrap_for_training(config: Config, chunks: list[Any]) -> Model:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer.module import Float16Module
 
+    # 0.19 advises on each construction to compute the buffers' layout before; it does so itself just as well.
+    logging.getLogger("megatron.core.distributed.distributed_data_parallel").setLevel(logging.ERROR)
     parallel = config.parallel
     transformer = chunks[0].config
     inner = [Float16Module(transformer, chunk) for chunk in chunks] if transformer.bf16 else chunks

@@ -21,12 +21,13 @@ flash-style attention that keeps one log-sum-exp per head and token instead of t
 
 A pipeline stage keeps several micro-batches in flight: min(p - stage, micro-batches) under 1F1B; interleaved,
 2 (p - stage - 1) + (chunks - 1) p + 1 chunks of its layers (Narayanan et al. 2021, arXiv 2104.04473).
-Recomputation "full" keeps the input of each block of layers, T h e / t', and one block while it is recomputed;
-"selective" only saves the log-sum-exp, because the attention keeps no scores in the first place.
+Recomputation "full" keeps the input of each block of layers, T h e / t', and one block while it is being
+recomputed; "selective" only saves the log-sum-exp, because the attention keeps no scores anyway.
 
 Weights are e bytes each, gradients 4, the optimizer 12 (fp32 weights and two moments; 8 in fp32, where the
-weights are their own master), divided by dp x c with the distributed optimizer. FP8 adds to each matrix of the
-layers an FP8 copy and its transpose (2 bytes), or has them in place of the bf16 weight with fp8_param_gather.
+weights are their own master), divided by dp x c with the distributed optimizer. FP8 adds to each matrix of
+the layers an FP8 copy and its transpose (2 bytes), or with fp8_param_gather has them in place of the bf16
+weight.
 Not counted: the CUDA context and kernels' workspaces, communication buffers, fragmentation (3 to 6 GiB).
 """
 

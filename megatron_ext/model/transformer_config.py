@@ -103,7 +103,10 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         # Interleaving over batched point-to-point gives silently wrong gradients (specs 2.4 h).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=True,
+        # An activation is freed once its send is queued: sound on CUDA's stream, but gloo still reads from it.
+        deallocate_pipeline_outputs=cuda,
+        # The loss of an iteration is the mean over its tokens, not the mean of its micro batches' means.
+        calculate_per_token_loss=True,
         # recomputation
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,

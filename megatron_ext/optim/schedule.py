@@ -2,9 +2,9 @@
 
 The curve is Megatron's (`OptimizerParamScheduler` of megatron-core 0.16.1), with samples as its unit. An
 iteration runs at the curve's value at its end: the k-th (k = 1, 2, ...) at k batches. So the first one is
-not wasted at a rate of zero, as it is in Megatron, and the last one of the decay runs at min_lr. 1.5-Pints and
-ProX (lit-gpt) move the rate between micro-batches and update with the last one's: within a micro-batch of
-the same.
+not wasted at a rate of zero, as it is in Megatron, and the last one of the decay runs at min_lr. lit-gpt,
+which 1.5-Pints and ProX used, moves the rate between micro-batches and updates with the last one's: within
+a micro-batch of the same.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _decay_share(style: str, progress: float) -> float:
         case "cosine":
             return 0.5 * (1.0 + math.cos(math.pi * progress))
         case "exponential":
-            return 2.0 * 0.5**progress - 1.0
+            return 2.0 * math.pow(0.5, progress) - 1.0
         case "minus_sqrt":
             return 1.0 - math.sqrt(progress)
     raise AssertionError(style)

@@ -43,6 +43,7 @@ def install() -> None:
 def _answer_device_queries() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU  # used as device=torch.cuda.current_device()
+    cuda.current_stream = lambda device=None: None  # 0.19 asks for it, and uses it only after a CUDA graph's replay
     cuda.synchronize = lambda device=None: None
     cuda.empty_cache = lambda: None
     cuda.get_rng_state = lambda device=None: torch.get_rng_state()

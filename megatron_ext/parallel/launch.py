@@ -60,7 +60,7 @@ def find_launch() -> Launch:
         LaunchError: the launcher's variables are half set or contradict each other, or mpi4py is missing or
             belongs to another MPI than the mpiexec used.
     """
-    launch = read_launch(os.environ)
+    launch = read_launch()
     if launch.master_addr and launch.master_port:
         return launch
     if launch.world_size == 1:
@@ -68,12 +68,26 @@ def find_launch() -> Launch:
     return _agree_over_mpi(launch)
 
 
-def read_launch(environment: Mapping[str, str]) -> Launch:
-    """Read the place of a process from its environment variables. Pure: opens no socket, enters no MPI.
+def launched_world_size() -> int | None:
+    """Say how many processes a launcher has started; None where there is no launcher.
+
+    Raises:
+        LaunchError: the launcher's variables are half set.
+    """
+    launch = read_launch(os.environ)
+    return None if launch.launcher == "bare" else launch.world_size
+
+
+def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
+    """Read the place of a process from environment variables, by default its own.
+
+    Opens no socket and enters no MPI, so it may be called at any time and repeatedly; address and port may be
+    left open (see `Launch`).
 
     Raises:
         LaunchError: the variables of a launcher are half set, or contradict each other.
     """
+    environment = os.environ if environment is None else environment
     if any(name in environment for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")):
         return _checked(_read_torchrun(environment))
     if "OMPI_COMM_WORLD_RANK" in environment or "OMPI_COMM_WORLD_SIZE" in environment:

@@ -36,10 +36,15 @@ class Topology:
 
     def __post_init__(self) -> None:
         if min(self.world_size, self.model_parallel_size) < 1 or self.world_size % self.model_parallel_size:
+            sizes = (
+                self.tensor_model_parallel_size,
+                self.pipeline_model_parallel_size,
+                self.context_parallel_size,
+            )
             raise LaunchError(
-                f"the number of processes ({self.world_size}) must be a multiple of tensor x pipeline x context "
-                f"parallel size ({self.tensor_model_parallel_size} x {self.pipeline_model_parallel_size} x "
-                f"{self.context_parallel_size} = {self.model_parallel_size}); start another number of them."
+                f"the number of processes ({self.world_size}) must be a multiple of tensor x pipeline x "
+                f"context parallel size ({' x '.join(map(str, sizes))} = {self.model_parallel_size}); "
+                "start another number of them."
             )
 
     @property
@@ -65,9 +70,7 @@ class Topology:
     def rank(self, place: Coordinates) -> int:
         """Return the rank that stands at `place`."""
         stage = place.pp * self.data_parallel_size + place.dp
-        return (
-            stage * self.context_parallel_size + place.cp
-        ) * self.tensor_model_parallel_size + place.tp
+        return (stage * self.context_parallel_size + place.cp) * self.tensor_model_parallel_size + place.tp
 
 
 def layers_of_stage(num_layers: int, stages: int, chunks: int, stage: int) -> tuple[range, ...]:

@@ -44,8 +44,6 @@ def connect(config: Config, model: Model, optimizer: Any) -> None:
     # Without it, data-parallel replicas and sequence-parallel norms would drift apart in silence.
     transformer.finalize_model_grads_func = finalize_model_grads
     transformer.grad_scale_func = optimizer.scale_loss
-    # The loss of an iteration is the mean over its tokens, not the mean of its micro batches' means.
-    transformer.calculate_per_token_loss = True
     if config.parallel.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in model.wrapped]
         transformer.no_sync_func = hooks if len(hooks) > 1 else hooks[0]

@@ -1,0 +1,213 @@
+"""megatron_ext/data/indexed.py against megatron-core's builder and reader, and bytes written by hand."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_ext.data.indexed import IndexedFile, IndexedWriter, token_dtype
+from megatron_ext.errors import DataError
+
+DOCUMENTS = [[5, 6, 7], [], [1], [65499, 0], [], []]
+
+
+def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> Path:
+    with IndexedWriter(prefix, dtype=token_dtype(vocab_size)) as writer:
+        for document in documents:
+            writer.add_document(document)
+        writer.publish()
+    return prefix
+
+
+def write_with_megatron(prefix: Path, documents: list[list[int]], vocab_size: int) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(vocab_size))
+    for document in documents:
+        builder.add_document(torch.tensor(document, dtype=torch.int64), [len(document)] if document else [])
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_writer_one_document_gives_bytes_written_by_hand(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[3, 258]])
+    index = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 1, 2) + struct.pack("<iqqq", 2, 0, 0, 1)
+    assert ((tmp_path / "a.bin").read_bytes(), (tmp_path / "a.idx").read_bytes()) == (b"\3\0\2\1", index)
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 70000])
+@pytest.mark.parametrize(
+    "documents", [DOCUMENTS, [], [[]], [[], [9]]], ids=["mixed", "none", "empty", "late"]
+)
+def test_writer_files_equal_megatron_builders(
+    tmp_path: Path, documents: list[list[int]], vocab_size: int
+) -> None:
+    write(tmp_path / "ours", documents, vocab_size)
+    write_with_megatron(tmp_path / "theirs", documents, vocab_size)
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+
+
+def test_writer_parts_equal_single_documents(tmp_path: Path) -> None:
+    write(tmp_path / "single", DOCUMENTS)
+    np.array([5, 6, 7, 1], dtype="<u2").tofile(tmp_path / "one")
+    np.array([65499, 0], dtype="<u2").tofile(tmp_path / "two")
+    with IndexedWriter(tmp_path / "parts", dtype=token_dtype(1000)) as writer:
+        writer.add_part(tmp_path / "one", np.array([3, 0, 1], dtype=np.int32))
+        writer.add_part(tmp_path / "two", np.array([2, 0, 0], dtype=np.int32))
+        writer.publish()
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"single.{ending}").read_bytes()
+
+
+def test_writer_part_cut_short_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "part").write_bytes(b"123")
+    with (
+        IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer,
+        pytest.raises(DataError, match="holds 3 bytes, must hold 4"),
+    ):
+        writer.add_part(tmp_path / "part", np.array([2], dtype=np.int32))
+
+
+def test_writer_totals_count_what_was_written(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
+        for document in DOCUMENTS:
+            writer.add_document(document)
+        totals = writer.publish()
+    sizes = [(tmp_path / f"a.{ending}").stat().st_size for ending in ("bin", "idx")]
+    assert totals == (6, 6, 3, *sizes)
+
+
+def test_writer_not_published_leaves_nothing(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
+        writer.add_document([1])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_writer_not_published_keeps_the_old_pair(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[1, 2]])
+    with pytest.raises(ZeroDivisionError), IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
+        writer.add_document([3])
+        raise ZeroDivisionError
+    assert IndexedFile.open(tmp_path / "a").document(0).tolist() == [1, 2]
+
+
+def test_writer_publish_removes_the_old_manifest(tmp_path: Path) -> None:
+    (tmp_path / "a.manifest.json").write_text("{}")
+    write(tmp_path / "a", [[1]])
+    assert not (tmp_path / "a.manifest.json").exists()
+
+
+def test_writer_id_beyond_the_type_is_refused(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer, pytest.raises(OverflowError):
+        writer.add_document([65536])
+
+
+def test_reader_gives_the_documents_back(tmp_path: Path) -> None:
+    file = IndexedFile.open(write(tmp_path / "a", DOCUMENTS))
+    assert [file.document(number).tolist() for number in range(file.num_documents)] == DOCUMENTS
+
+
+def test_reader_document_lengths_count_empty_ones(tmp_path: Path) -> None:
+    assert IndexedFile.open(write(tmp_path / "a", DOCUMENTS)).document_lengths().tolist() == [
+        3,
+        0,
+        1,
+        2,
+        0,
+        0,
+    ]
+
+
+def test_reader_reads_documents_of_several_sequences(tmp_path: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "a.bin"), dtype=np.int32)
+    builder.add_document(torch.tensor([1, 2, 3, 4]), [1, 3])
+    builder.add_document(torch.tensor([5, 6]), [2])
+    builder.finalize(str(tmp_path / "a.idx"))
+    file = IndexedFile.open(tmp_path / "a")
+    assert [file.document(number).tolist() for number in range(2)] == [[1, 2, 3, 4], [5, 6]]
+
+
+def test_megatron_reader_reads_the_documents(tmp_path: Path) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(str(write(tmp_path / "a", DOCUMENTS)))
+    assert [dataset[number].tolist() for number in range(len(dataset))] == [[5, 6, 7], [1], [65499, 0]]
+    assert dataset.document_indices.tolist() == [0, 1, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("missing", ["bin", "idx"])
+def test_reader_missing_file_is_refused(tmp_path: Path, missing: str) -> None:
+    write(tmp_path / "a", DOCUMENTS)
+    (tmp_path / f"a.{missing}").unlink()
+    with pytest.raises(DataError, match=rf"a\.{missing}: no such file"):
+        IndexedFile.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize("size", [0, 1, 11])
+def test_reader_truncated_bin_is_refused(tmp_path: Path, size: int) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    content = (tmp_path / "a.bin").read_bytes()
+    (tmp_path / "a.bin").write_bytes(content[:size])
+    with pytest.raises(DataError, match=rf"a\.bin: holds {size} bytes, the index promises 12"):
+        IndexedFile.open(prefix)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: b"", "no MMIDIDX header"),
+        (lambda content: b"X" + content[1:], "no MMIDIDX header"),
+        (lambda content: content[:20], "no MMIDIDX header"),
+        (lambda content: content[:9] + b"\2" + content[10:], "format version is 2"),
+        (lambda content: content[:17] + b"\7" + content[18:], "type code is 7"),
+        (lambda content: content[:17] + b"\x63" + content[18:], "type code is 99"),
+        (lambda content: content[:-1], "its header promises"),
+        (lambda content: content + b"\0\0\0", "sequence modes"),
+        (lambda content: content[:26] + bytes(8), "has no document index"),
+    ],
+)
+def test_reader_damaged_index_is_refused(
+    tmp_path: Path, change: Callable[[bytes], bytes], message: str
+) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    path = tmp_path / "a.idx"
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.idx") as caught:
+        IndexedFile.open(prefix)
+    assert message in str(caught.value)
+
+
+def test_problems_sound_file_has_none(tmp_path: Path) -> None:
+    assert IndexedFile.open(write(tmp_path / "a", DOCUMENTS)).problems() == []
+
+
+# Offsets for three sequences: lengths from 34, pointers from 46, document index from 70.
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (54, struct.pack("<q", 4), "sequence pointers: 1 are not where"),
+        (70, struct.pack("<q", 1), "document index: must rise from 0 to 3"),
+        (78, struct.pack("<q", 3), "document index"),
+        (34, struct.pack("<ii", 4, 0), "sequence lengths: some are not positive"),
+    ],
+)
+def test_problems_damaged_file_names_the_fault(
+    tmp_path: Path, offset: int, value: bytes, message: str
+) -> None:
+    prefix = write(tmp_path / "a", DOCUMENTS)
+    content = bytearray((tmp_path / "a.idx").read_bytes())
+    content[offset : offset + len(value)] = value
+    (tmp_path / "a.idx").write_bytes(content)
+    assert any(message in problem for problem in IndexedFile.open(prefix).problems())
+
+
+def test_scan_ids_gives_the_range(tmp_path: Path) -> None:
+    assert list(IndexedFile.open(write(tmp_path / "a", DOCUMENTS)).scan_ids()) == [(6, 0, 65499)]
