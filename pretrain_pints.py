@@ -23,7 +23,7 @@ from megatron_ext.parallel.launch import (
     Launch,
     cuda_is_visible,
     find_launch,
-    launched_world_size,
+    launched,
     set_runtime_environment,
 )
 
@@ -32,17 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, check everything that can be checked without torch, then show or run."""
     rank = 0
     try:
-        command = parse_command_line(
-            sys.argv[1:] if argv is None else argv, prog="pretrain_pints.py", description=__doc__ or ""
-        )
+        launcher = launched()
+        rank = launcher.rank if launcher else 0
+        arguments = sys.argv[1:] if argv is None else argv
+        command = parse_command_line(arguments, prog="pretrain_pints.py", description=__doc__ or "")
         if command.dry_run:
-            dry_run(command.config, command.world_size or launched_world_size())
+            dry_run(command.config, command.world_size or (launcher.world_size if launcher else None))
             return 0
+        raise_problems(check_config(command.config, world_size=launcher.world_size if launcher else 1))
         set_runtime_environment(cuda=cuda_is_visible())
-        launch = find_launch()
-        rank = launch.rank
-        raise_problems(check_config(command.config, world_size=launch.world_size))
-        run(command.config, launch)
+        run(command.config, find_launch())
     except MegapintsError as error:
         if rank == 0:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)

@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import functools
 import hashlib
+import multiprocessing
+import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -205,6 +208,19 @@ def _read_lines(chunk: Chunk) -> list[bytes]:
     return content.split(b"\n")
 
 
+def _begin_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it is gone: a pool's workers would wait for tasks for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
 def encode_all(
     chunks: Iterator[Chunk], settings: Settings, parts: Path, workers: int
 ) -> Generator[ChunkResult, None, None]:
@@ -212,7 +228,6 @@ def encode_all(
     if workers == 1:
         yield from (encode_chunk(settings, parts, chunk) for chunk in chunks)
         return
-    import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from concurrent.futures.process import BrokenProcessPool
 
@@ -220,9 +235,7 @@ def encode_all(
         workers,
         # Spawned, not forked: the parent has threads, and a fork of those may hang.
         mp_context=multiprocessing.get_context("spawn"),
-        # Ctrl-C reaches every process; the parent alone answers it.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
+        initializer=_begin_worker,
     )
     pending: deque[Future[ChunkResult]] = deque()
     try:

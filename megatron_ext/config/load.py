@@ -121,13 +121,13 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
+    bare = name.removesuffix(".toml")
+    if path.name == name and bare in _bundled_names():
+        return _BUNDLED / f"{bare}.toml"  # also where a folder has that name: the demo works in demo/
     if path.is_dir():
         inside = path / "config.toml"
         hint = f"did you mean {inside}?" if inside.is_file() else "name a TOML file."
         raise ConfigError(f"{name}: is a folder; {hint}")
-    bare = name.removesuffix(".toml")
-    if path.name == name and bare in _bundled_names():
-        return _BUNDLED / f"{bare}.toml"
     raise ConfigError(
         f"{name}: no such file, and no bundled config of that name;"
         f"{_did_you_mean(Path(bare).name, _bundled_names())} bundled are {_bundled_list()}."

@@ -68,14 +68,14 @@ def find_launch() -> Launch:
     return _agree_over_mpi(launch)
 
 
-def launched_world_size() -> int | None:
-    """Say how many processes a launcher has started; None where there is no launcher.
+def launched() -> Launch | None:
+    """Say what a launcher told this process, before the ranks have agreed on anything; None without a launcher.
 
     Raises:
         LaunchError: the launcher's variables are half set.
     """
     launch = read_launch(os.environ)
-    return None if launch.launcher == "bare" else launch.world_size
+    return None if launch.launcher == "bare" else launch
 
 
 def read_launch(environment: Mapping[str, str] | None = None) -> Launch:

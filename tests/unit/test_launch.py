@@ -17,7 +17,7 @@ from megatron_ext.parallel.launch import (
     expand_tasks_per_node,
     find_launch,
     free_port,
-    launched_world_size,
+    launched,
     read_launch,
     recorded_environment,
     runtime_defaults,
@@ -298,16 +298,16 @@ def test_bare_process_finds_a_port(monkeypatch):
     assert launch.master_port > 0
 
 
-def test_launched_world_size_of_a_bare_process_is_none(monkeypatch):
+def test_launched_of_a_bare_process_is_none(monkeypatch):
     clear_launch_variables(monkeypatch)
-    assert launched_world_size() is None
+    assert launched() is None
 
 
 def test_launched_world_size_is_the_launchers(monkeypatch):
     clear_launch_variables(monkeypatch)
     for name, value in OPEN_MPI.items():
         monkeypatch.setenv(name, value)
-    assert launched_world_size() == 4
+    assert launched().world_size == 4
 
 
 def test_single_mpiexec_rank_needs_no_agreement(monkeypatch):

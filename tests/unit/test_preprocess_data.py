@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py against a reference of its own, megatron-core's builder, and Megatron-LM's output."""
+"""tools/preprocess_data.py against a reference writer, megatron-core's builder and Megatron-LM's files."""
 
 from __future__ import annotations
 
@@ -350,6 +350,31 @@ def test_preprocess_killed_worker_is_reported(
     )
     with pytest.raises(MegapintsError, match="a worker process was killed"):
         list(preprocess_data.encode_all(iter([chunk]), settings, tmp_path, 2))
+
+
+def test_preprocess_killed_parent_takes_its_workers_along(
+    tokenizer: Path, corpus: Path, tmp_path: Path
+) -> None:
+    import psutil
+
+    program = (
+        "import itertools, pathlib, sys\n"
+        "from tools import preprocess_data as tool\n"
+        "settings = tool.Settings(sys.argv[1], ('text',), False, False, False)\n"
+        "endless = (tool.Chunk(n, sys.argv[2], 0, int(sys.argv[3]), 1) for n in itertools.count())\n"
+        "for result in tool.encode_all(endless, settings, pathlib.Path(sys.argv[4]), 2):\n"
+        "    print('one', flush=True)\n"
+    )
+    arguments = [str(tokenizer), str(corpus), str(corpus.stat().st_size), str(tmp_path)]
+    parent = subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, cwd=ROOT)
+    assert parent.stdout is not None
+    parent.stdout.readline()  # workers are at work
+    workers = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.stdout.close()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert len(workers) >= 2 and alive == []
 
 
 def test_preprocess_progress_counts_bytes_with_rate_and_eta(

@@ -1,0 +1,1 @@
+"""Command-line tools. Each runs from a checkout: `python tools/NAME.py --help`."""
