@@ -44,7 +44,7 @@ def random_samples(vocab_size: int, seq_length: int) -> Any:
 
 
 def build_machine(
-    shape: Mapping[str, int], *, dtype: Any, seq_length: int, micro_batch: int, micro_batches: int, samples: Any
+    shape: Mapping[str, Any], *, dtype: Any, seq_length: int, micro_batch: int, micro_batches: int, samples: Any
 ) -> Machine:
     """Build what `train_step` works with, as pretrain_pints.py does, on this process alone."""
     config = Config(

@@ -35,8 +35,9 @@ def ours(dtype: str, threads: int) -> Callable[[], None]:
     from megatron_ext.training.state import TrainState
     from megatron_ext.training.step import train_step
 
-    machine = build_machine(SHAPE, dtype=dtype, seq_length=SEQ_LENGTH, micro_batch=MICRO_BATCH, micro_batches=MICRO_BATCHES,
-                            samples=random_samples(SHAPE["vocab_size"], SEQ_LENGTH))  # fmt: skip
+    samples = random_samples(SHAPE["vocab_size"], SEQ_LENGTH)
+    machine = build_machine(SHAPE, dtype=dtype, seq_length=SEQ_LENGTH, micro_batch=MICRO_BATCH,
+                            micro_batches=MICRO_BATCHES, samples=samples)  # fmt: skip
     state = TrainState()
 
     def run() -> None:

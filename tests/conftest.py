@@ -132,7 +132,8 @@ def build_tiny_tokenizer(folder: Path) -> int:
     tokenizer.train_from_iterator([Path(json.__file__).read_text()], trainer)
     folder.mkdir(parents=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     size = tokenizer.get_vocab_size()
     assert size == 97, size

@@ -106,7 +106,8 @@ def _summary(config: Config, seconds: float) -> None:
     print(
         f"""
 What came out, after {seconds / 60:.1f} minutes
-  held-out loss     {valid["loss"]:.3f} nats per token, over {valid["tokens"]:,} tokens, after {valid["consumed_tokens"]:,} trained
+  trained on        {valid["consumed_tokens"]:,} tokens
+  held-out loss     {valid["loss"]:.3f} nats per token, over {valid["tokens"]:,} tokens
   to compare with   {base.unigram:.3f} the unigram, {base.bigram:.3f} the bigram cross-entropy of the same held-out text
   checkpoints       {config.run_dir}/checkpoints
   metrics           {config.run_dir}/metrics.jsonl   (TensorBoard: {config.run_dir}/tensorboard)

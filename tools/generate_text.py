@@ -51,7 +51,9 @@ def _generate(arguments: argparse.Namespace) -> list[str]:
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {"do_sample": False}
+    sampling: dict[str, object] = {"do_sample": arguments.temperature > 0}
+    if arguments.temperature > 0:
+        sampling["temperature"] = arguments.temperature
     continuations = []
     for prompt in arguments.prompts:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids

@@ -147,9 +147,11 @@ def why_not_whole(path: Path) -> str | None:
         return "it was never published (a save was interrupted)"
     try:
         read_description(path)
-        files: dict[str, int] = json.loads((path / DESCRIPTION).read_text())["files"]
-    except (CheckpointError, KeyError) as error:
+        files = json.loads((path / DESCRIPTION).read_text()).get("files")
+    except CheckpointError as error:
         return str(error)
+    if not isinstance(files, dict):
+        return f"{DESCRIPTION} is damaged (no list of files)"
     for name, size in files.items():
         try:
             found = (path / name).stat().st_size

@@ -56,6 +56,7 @@ class Checkpoints:
         optimizer: Any,
         tokenizer_sha256: str,
     ) -> None:
+        """Take what is to be saved and loaded; `optimizer` may be None where only weights are loaded."""
         self._config = config
         self._place = place
         self._directory = directory
@@ -197,12 +198,19 @@ class Checkpoints:
             _LOG.info("took the weights of %s (iteration %d)", path, description.iteration)
 
     def _load(self, path: Path, description: CheckpointDescription, *, weights_only: bool) -> None:
+        from megatron.core import __version__ as version
         from megatron.core import dist_checkpointing
         from megatron.core.dist_checkpointing.validation import StrictHandling
 
+        if not (path / "common.pt").exists() and version.startswith("0.16"):
+            raise CheckpointError(
+                f"{path}: written by megatron-core 0.18 or later, which {version} cannot read; resume it with Python "
+                "3.12 or later, or take its weights through tools/convert_checkpoint.py to-hf and from-hf."
+            )
         metadata = _metadata(description.optimizer_format or _UNSHARDED)
         same_grid = description.topology == self._description(Progress(0, 0, 0)).topology
-        state = self._state(metadata, loading=True, weights_only=weights_only, rng=same_grid, fp8=_saved_fp8(description))
+        fp8 = description.config.get("precision", {}).get("dtype") == "fp8"
+        state = self._state(metadata, loading=True, weights_only=weights_only, rng=same_grid, fp8=fp8)
         # Leaf parameters are written in place (fp32 with dp_reshardable), hence no_grad.
         with torch.no_grad():
             loaded = dist_checkpointing.load(
@@ -218,7 +226,8 @@ class Checkpoints:
                 if missing or unexpected:
                     raise CheckpointError(f"{path}: missing {missing}, unexpected {unexpected}.")
             if weights_only:
-                self._optimizer.reload_model_params()
+                if self._optimizer is not None:  # its fp32 copies
+                    self._optimizer.reload_model_params()
             else:
                 self._optimizer.load_state_dict(loaded["optimizer"])
         if not weights_only and same_grid:
@@ -244,7 +253,7 @@ class Checkpoints:
             changes = ", ".join(f"parallel.{name} {old} -> {new}" for name, (old, new) in moved.items())
             raise CheckpointError(
                 f"{path}: saved as dp_reshardable, so only the number of data-parallel ranks may change ({changes}); "
-                "resume at the saved sizes, save once with checkpoint.optimizer_format = fully_reshardable, then change."
+                "resume at the saved sizes, save once with checkpoint.optimizer_format fully_reshardable, then change."
             )
         if description.tokenizer_sha256 not in (None, self._tokenizer_sha256):
             raise CheckpointError(
@@ -318,10 +327,6 @@ def order_changes(saved: dict[str, Any], config: Config) -> list[str]:
         ):
             changes.append(f"{section}.{name} {before} -> {after}")
     return changes
-
-
-def _saved_fp8(description: CheckpointDescription) -> bool:
-    return description.config.get("precision", {}).get("dtype") == "fp8"
 
 
 def _metadata(optimizer_format: str) -> dict[str, Any]:

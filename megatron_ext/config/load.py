@@ -302,7 +302,9 @@ def _override(cls: type[_T], default: _T, words: Sequence[str]) -> _T:
         words = [word for group in overrides.values() for word in group]
         return _quietly(lambda: tyro.cli(cls, default=default, args=words, use_underscores=True))
     except ValueError:
-        raise ConfigError(list(_refused(overrides, known))) from None
+        refused = list(_refused(overrides, known))
+        # Never an error without a word, should a value pass alone and not among the others.
+        raise ConfigError(refused or f"command line: {' '.join(words)}: not understood; see --help.") from None
 
 
 def _group(words: Sequence[str], problems: list[str]) -> list[tuple[str, list[str]]]:
@@ -321,9 +323,10 @@ def _group(words: Sequence[str], problems: list[str]) -> list[tuple[str, list[st
 
 def _tyro_words(name: str, values: list[str], annotation: Any, *, negated: bool) -> list[str]:
     """Spell an override as tyro wants it: flags without a value, None with a capital."""
-    if annotation is bool and (not values or values in (["true"], ["false"])):
+    said = [value.lower() for value in values]  # Python's spelling, True, does as well as TOML's
+    if annotation is bool and (not said or said in (["true"], ["false"])):
         section, dot, leaf = name.rpartition(".")
-        return [f"--{name}" if (values != ["false"]) != negated else f"--{section}{dot}no_{leaf}"]
+        return [f"--{name}" if (said != ["false"]) != negated else f"--{section}{dot}no_{leaf}"]
     if values == ["none"] and type(None) in get_args(annotation):
         values = ["None"]
     # One word, so that a value may begin with a dash.

@@ -109,7 +109,7 @@ class DataConfig:
     valid_data: tuple[str, ...] | None = None
     """Prefixes for validation; default: the validation share of train_data, as split says."""
     split: str = "99,1"
-    """Documents for training and for validation, in proportion; spread evenly over each file. Unused with valid_data."""
+    """Documents for training and for validation, in proportion, dealt evenly over each file. Not with valid_data."""
     path_to_cache: str | None = None
     """Folder for index caches; default: cache/ beside each .bin."""
     eod_mask_loss: bool = False
@@ -129,7 +129,7 @@ class TrainConfig:
     global_batch_size: int
     """Samples per iteration over all ranks."""
     rampup_batch_size: tuple[int, int, int] | None = None
-    """(start, increment, samples): grow the batch from start by increment up to global_batch_size over that many samples."""
+    """(start, increment, samples): grow the batch from start by increment to global_batch_size over these samples."""
     train_iters: int
     """Iterations of the whole run."""
     exit_iters: int | None = None
@@ -159,7 +159,7 @@ class OptimizerConfig:
     lr_warmup_iters: int = 0
     """Iterations of linear warm-up from zero, counted at the full global_batch_size."""
     lr_decay_iters: int | None = None
-    """Iteration at which min_lr is reached; default train_iters."""
+    """Iteration at which min_lr is reached; default train_iters. May exceed train_iters."""
     lr_wsd_decay_iters: int | None = None
     """Length of wsd's final decay; required for wsd."""
     lr_wsd_decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "exponential"

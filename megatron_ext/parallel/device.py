@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-# Dense bf16 peak in TFLOP/s by device name. Source: NVIDIA data sheets of A100, H100, H200, B200
+# Dense bf16 peak in TFLOP/s by device name. Source: NVIDIA data sheets of A100, H100, H200, DGX B200, GB200 NVL72
 # (the "with sparsity" figures halved). An unknown device gets no MFU rather than a wrong one.
 _PEAK_BF16_TFLOPS = (
     (r"H100.*PCIe|H100 PCIe", 756.0),
-    (r"H100.*NVL", 835.0),
+    (r"H[12]00.*NVL", 835.0),
     (r"H100|H200|GH200", 989.0),
     (r"A100", 312.0),
-    (r"B200|GB200", 2250.0),
+    (r"GB200", 2500.0),
+    (r"B200", 2250.0),
 )
 
 

@@ -56,7 +56,7 @@ def forward_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
             groups.where_am_i(),
             directory=checkpoint.parent,
             bare_chunks=chunks,
-            optimizer=_NoOptimizer(),
+            optimizer=None,
             tokenizer_sha256="",
         ).load_weights(checkpoint)
         (gpt,) = chunks
@@ -67,13 +67,6 @@ def forward_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
             gpt(row.unsqueeze(0).to(device.current()), position_ids, None).float().cpu() for row in tokens
         ]
     return torch.cat(rows)[..., : model.vocab_size]
-
-
-class _NoOptimizer:
-    """Stands where `Checkpoints` expects an optimizer; there are no master weights to renew."""
-
-    def reload_model_params(self) -> None:
-        pass
 
 
 def _inference_config(model: ModelConfig, *, seq_length: int) -> Config:

@@ -61,7 +61,7 @@ def finish(run: Run, state: TrainState, reason: str) -> None:
     done = reason.startswith("finished")
     if wants_eval and run.valid_loader is not None and done and not is_due(state, run.config.train.eval_interval):
         run.metrics.log_eval(state, evaluate(run.machine, run.valid_loader))
-    if run.checkpoints.last_saved != state.iteration:
+    if state.iteration not in (0, run.checkpoints.last_saved):  # something was trained since
         run.checkpoints.save(state.progress())
         run.metrics.log_checkpoint(state)
     run.checkpoints.close()

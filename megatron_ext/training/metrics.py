@@ -116,7 +116,8 @@ class Metrics:
         self._restart_clock()
         if not self._active:
             return
-        _LOG.info("iteration %d | validation loss %.4f over %s tokens", state.iteration, result.loss, f"{result.tokens:,}")
+        tokens = f"{result.tokens:,}"
+        _LOG.info("iteration %d | validation loss %.4f over %s tokens", state.iteration, result.loss, tokens)
         self._write({"kind": "valid", "loss": result.loss, "tokens": result.tokens}, state)
 
     def log_checkpoint(self, state: TrainState) -> None:
@@ -208,7 +209,14 @@ def _start_wandb(config: Config, run_dir: Path) -> Any:
 
 
 def _start_display(console: Any, config: Config, state: TrainState) -> tuple[Any, Any]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     display = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("loss {task.fields[loss]}"),

@@ -55,7 +55,7 @@ def test_tied_embeddings_in_layout_give_the_losses_of_one_process(module_trainer
 
 
 def test_training_learns_the_repeating_tokens(module_trainer):
-    finished = module_trainer.train("long", "--train.train_iters", "60", "--log.interval", "10")
+    finished = module_trainer.train("long", "--train.train_iters", "150", "--log.interval", "50")
     losses = [row["loss"] for row in finished.rows()]
     assert losses[-1] < losses[0] - 0.5
 

@@ -44,11 +44,14 @@ def metrics(finished):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(layout, asynchronous, trainer):
     ranks, overrides = LAYOUTS[layout]
-    overrides = (*overrides, *TWENTY, "--checkpoint.async_save", str(asynchronous))
-    straight = trainer.train("straight", *overrides, ranks=ranks)
+    saving = ("--checkpoint.async_save", "true", "--checkpoint.save_interval", "5") if asynchronous else ()
+    overrides = (*overrides, *TWENTY, *saving)
+    # The stop in the middle is saved as dp_reshardable, the default. What is compared is saved as fully_reshardable:
+    # by parameter, without the gaps between parameters in Megatron's buffers, which hold whatever memory held.
+    straight = trainer.train("straight", *overrides, *RESHARDABLE, ranks=ranks)
     first = trainer.train("parted", *overrides, "--train.exit_iters", "10", ranks=ranks)
     assert "finished: 10 iterations" in first.output
-    second = trainer.train("parted", *overrides, ranks=ranks)
+    second = trainer.train("parted", *overrides, *RESHARDABLE, ranks=ranks)
     assert "continuing after iteration 10 of 20" in second.output
     assert metrics(second) == metrics(straight)
     expected, found = (
@@ -92,11 +95,11 @@ def test_dp_reshardable_checkpoint_at_another_tensor_size_is_refused(trainer):
     assert finished.returncode != 0
     assert "tensor_model_parallel_size 1 -> 2" in finished.output
     assert "fully_reshardable" in finished.output
-    assert "Traceback" not in finished.output.partition("torch.distributed.elastic")[0]
+    assert "megatron_ext" not in finished.output  # torchrun tells a traceback of its own, but none is ours
 
 
 def test_killed_during_a_save_loses_only_the_work_since_the_last_whole_checkpoint(trainer):
-    running = ("--train.train_iters", "4000", "--checkpoint.save_interval", "5", "--train.eval_interval", "None")
+    running = ("--train.train_iters", "4000", "--checkpoint.save_interval", "5", "--train.eval_interval", "100000")
     checkpoints = trainer.work / "killed" / "checkpoints"
     process = subprocess.Popen(
         trainer.command("killed", *running), env=child_environment(), cwd=trainer.work,
@@ -118,7 +121,7 @@ def test_killed_during_a_save_loses_only_the_work_since_the_last_whole_checkpoin
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_saves_and_exits_cleanly(number, trainer):
     process = subprocess.Popen(
-        trainer.command("signalled", "--train.train_iters", "100000", "--train.eval_interval", "None"),
+        trainer.command("signalled", "--train.train_iters", "100000", "--train.eval_interval", "100000"),
         env=child_environment(), cwd=trainer.work, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     log = trainer.work / "signalled" / "metrics.jsonl"
@@ -152,15 +155,6 @@ def test_loss_that_is_not_finite_stops_and_leaves_the_checkpoint(trainer):
     assert "on samples" in message and "/a #" in message or "/b #" in message
     after = {p.name: p.stat().st_mtime_ns for p in (trainer.work / "diverging" / "checkpoints").rglob("*")}
     assert before == after
-
-
-def test_init_from_another_run_takes_its_weights_and_a_fresh_schedule(trainer):
-    first = trainer.train("first", "--train.train_iters", "20")
-    second = trainer.train("second", "--checkpoint.init_from", str(first.run_dir))
-    assert second.rows()[0]["iteration"] == 1
-    assert second.rows()[0]["loss"] < first.rows()[0]["loss"] - 0.1
-    weights = read_tensors(first.run_dir / "checkpoints" / "iter_0000020")
-    assert "decoder.final_layernorm.weight" in weights
 
 
 def _copy_run(source: Path, target: Path) -> None:

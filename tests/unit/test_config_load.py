@@ -379,3 +379,9 @@ def test_config_tree_is_frozen(sound: Path) -> None:
     config: Config = load_config(sound)
     with pytest.raises(AttributeError):
         config.train.train_iters = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("word", "value"), [("True", True), ("False", False), ("true", True), ("false", False)])
+def test_override_flag_in_either_spelling_is_taken(sound: Path, word: str, value: bool) -> None:
+    config = load_config(sound, ("--parallel.overlap_grad_reduce", word))
+    assert config.parallel.overlap_grad_reduce is value

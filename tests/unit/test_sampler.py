@@ -73,7 +73,7 @@ def test_blend_of_one_source_reads_its_first_pass_in_the_sources_own_order():
 
 def test_blend_without_weights_reads_every_sample_once_in_a_pass():
     sizes = (7, 3, 12)
-    found = Counter((draw.source, draw.index) for draw in draws(Blend(sizes, None, seed=1), range(22)))
+    found = Counter((draw.source, draw.sample) for draw in draws(Blend(sizes, None, seed=1), range(22)))
     assert found == Counter((source, index) for source, size in enumerate(sizes) for index in range(size))
 
 
@@ -89,7 +89,7 @@ def test_blend_without_weights_spreads_each_source_evenly():
 
 def test_blend_in_a_later_pass_reads_every_sample_once_again():
     blend = Blend((7, 3, 12), None, seed=1)
-    found = {(draw.source, draw.index) for draw in draws(blend, range(22, 44))}
+    found = {(draw.source, draw.sample) for draw in draws(blend, range(22, 44))}
     assert len(found) == 22
 
 
@@ -100,19 +100,19 @@ def test_blend_counts_the_passes_from_zero():
 
 def test_blend_shuffles_every_pass_anew():
     blend = Blend([200], None, seed=1)
-    passes = [tuple(draw.index for draw in draws(blend, range(200 * n, 200 * n + 200))) for n in range(4)]
+    passes = [tuple(draw.sample for draw in draws(blend, range(200 * n, 200 * n + 200))) for n in range(4)]
     assert len(set(passes)) == 4
 
 
 def test_blend_of_another_seed_shuffles_later_passes_otherwise():
-    first, second = ([Blend([200], None, seed=seed)[k].index for k in range(200, 400)] for seed in (1, 2))
+    first, second = ([Blend([200], None, seed=seed)[k].sample for k in range(200, 400)] for seed in (1, 2))
     assert first != second
 
 
 def test_blend_shuffles_two_sources_of_equal_size_otherwise():
     blend = Blend((100, 100), None, seed=1)
     later = draws(blend, range(200, 400))
-    first, second = ([draw.index for draw in later if draw.source == source] for source in (0, 1))
+    first, second = ([draw.sample for draw in later if draw.source == source] for source in (0, 1))
     assert first != second
 
 
@@ -135,14 +135,14 @@ def test_blend_goes_on_where_a_period_ends():
     # The ordinals must not start anew: sample numbers of a large source go on rising by one.
     blend = Blend((10**9, 10**9), (1.0, 1.0), seed=1)
     around = draws(blend, range(PERIOD - 6, PERIOD + 6))
-    indices = [draw.index for draw in around if draw.source == 0]
+    indices = [draw.sample for draw in around if draw.source == 0]
     assert indices == list(range(indices[0], indices[0] + len(indices)))
     assert len(indices) == 6
 
 
 def test_blend_with_weights_reads_a_small_source_whole_before_repeating_it():
     blend = Blend((3, 10**6), (1.0, 1.0), seed=1)
-    indices = [draw.index for draw in draws(blend, range(24)) if draw.source == 0]
+    indices = [draw.sample for draw in draws(blend, range(24)) if draw.source == 0]
     assert [sorted(indices[at : at + 3]) for at in range(0, 12, 3)] == [[0, 1, 2]] * 4
 
 

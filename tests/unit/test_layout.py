@@ -1,0 +1,401 @@
+"""Checkpoint directories: whole or ignored, at whatever moment a save or a removal was cut off."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.layout import CheckpointDescription
+from megatron_ext.errors import CheckpointError
+
+
+class Killed(BaseException):
+    """The process ends here, without any clearing up."""
+
+
+def description(iteration: int = 10) -> CheckpointDescription:
+    return CheckpointDescription(
+        iteration=iteration,
+        consumed_samples=8 * iteration,
+        consumed_tokens=128 * iteration,
+        model={"num_layers": 2},
+        config={"train": {"seed": 1}},
+        optimizer_format="dp_reshardable",
+        tokenizer_sha256="ab" * 32,
+        topology={"tensor_model_parallel_size": 1},
+    )
+
+
+def write(checkpoints: Path, iteration: int, content: bytes = b"weights") -> Path:
+    """Write the files of a checkpoint aside."""
+    temporary = layout.prepare_temporary(checkpoints, iteration)
+    (temporary / "__0_0.distcp").write_bytes(content)
+    (temporary / ".metadata").write_bytes(b"metadata")
+    return temporary
+
+
+def save(checkpoints: Path, iteration: int, content: bytes = b"weights") -> Path:
+    return layout.publish(write(checkpoints, iteration, content), description(iteration))
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "checkpoints"
+
+
+# --- publishing -----------------------------------------------------------------------------------------------
+
+
+def test_published_checkpoint_is_whole(checkpoints):
+    assert layout.why_not_whole(save(checkpoints, 10)) is None
+
+
+def test_published_checkpoint_is_named_by_its_iteration(checkpoints):
+    assert save(checkpoints, 10) == checkpoints / "iter_0000010"
+
+
+def test_published_checkpoint_leaves_nothing_beside_it_but_latest(checkpoints):
+    save(checkpoints, 10)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000010", "latest"]
+
+
+def test_latest_names_the_newest(checkpoints):
+    save(checkpoints, 10)
+    save(checkpoints, 20)
+    assert (checkpoints / "latest").read_text() == "iter_0000020\n"
+
+
+def test_description_lists_every_file_with_its_size(checkpoints):
+    path = save(checkpoints, 10)
+    body = json.loads((path / "megapints.json").read_text())
+    assert body["files"] == {".metadata": 8, "__0_0.distcp": 7}
+
+
+def test_description_is_read_as_it_was_written(checkpoints):
+    assert layout.read_description(save(checkpoints, 10)) == description(10)
+
+
+def test_preparing_clears_what_a_dead_run_left(checkpoints):
+    write(checkpoints, 10)
+    assert list(layout.prepare_temporary(checkpoints, 10).iterdir()) == []
+
+
+def test_publishing_an_iteration_again_replaces_it(checkpoints):
+    save(checkpoints, 10, b"old")
+    path = save(checkpoints, 10, b"newer")
+    assert (path / "__0_0.distcp").read_bytes() == b"newer"
+    assert layout.why_not_whole(path) is None
+
+
+def test_publishing_an_iteration_again_leaves_nothing_of_the_former(checkpoints):
+    save(checkpoints, 10)
+    save(checkpoints, 10)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000010", "latest"]
+
+
+def test_every_file_is_flushed_before_the_checkpoint_gets_its_name(checkpoints, monkeypatch):
+    temporary = write(checkpoints, 10)
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, Path.rename
+
+    def fsync(descriptor: int) -> None:
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        real_fsync(descriptor)
+
+    def rename(self: Path, target: Path) -> Path:
+        events.append("renamed")
+        return real_rename(self, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("asks Linux's /proc for the names of open files")
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    layout.publish(temporary, description())
+    before = events[: events.index("renamed")]
+    assert {".metadata", "__0_0.distcp", "megapints.json.aside"} <= set(before)
+
+
+# --- cut off --------------------------------------------------------------------------------------------------
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *, call: int = 1) -> None:
+    """Let the process end at the call-th call of a function."""
+    real, calls = getattr(owner, name), iter(range(1, 1000))
+
+    def dies(*args, **kwargs):
+        if next(calls) == call:
+            raise Killed
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dies)
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_publishing_cut_off_at_a_flush_leaves_the_former_checkpoint_the_newest(call, checkpoints, monkeypatch):
+    former = save(checkpoints, 10)
+    temporary = write(checkpoints, 20)
+    with monkeypatch.context() as patched:
+        cut_off(patched, os, "fsync", call=call)
+        with pytest.raises(Killed):
+            layout.publish(temporary, description(20))
+    assert layout.find_newest(checkpoints).path == former
+
+
+def test_publishing_cut_off_at_the_rename_leaves_the_former_checkpoint_the_newest(checkpoints, monkeypatch):
+    former = save(checkpoints, 10)
+    temporary = write(checkpoints, 20)
+    with monkeypatch.context() as patched:
+        cut_off(patched, Path, "rename")
+        with pytest.raises(Killed):
+            layout.publish(temporary, description(20))
+    assert layout.find_newest(checkpoints).path == former
+
+
+def test_publishing_cut_off_after_the_rename_leaves_the_new_checkpoint_the_newest(checkpoints, monkeypatch):
+    save(checkpoints, 10)
+    temporary = write(checkpoints, 20)
+    with monkeypatch.context() as patched:
+        cut_off(patched, Path, "replace", call=2)  # that of megapints.json is the first, that of latest the second
+        with pytest.raises(Killed):
+            layout.publish(temporary, description(20))
+    assert (checkpoints / "latest").read_text() == "iter_0000010\n"
+    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
+
+
+def test_unpublished_checkpoint_is_named_among_the_rejected(checkpoints):
+    save(checkpoints, 10)
+    temporary = write(checkpoints, 20)
+    (rejected,) = layout.find_newest(checkpoints).rejected
+    assert rejected == (temporary, "it was never published (a save was interrupted)")
+
+
+def test_small_file_cut_off_while_written_keeps_its_old_content(tmp_path, monkeypatch):
+    path = tmp_path / "latest"
+    layout.write_text_durably(path, "old\n")
+    with monkeypatch.context() as patched:
+        cut_off(patched, os, "fsync")
+        with pytest.raises(Killed):
+            layout.write_text_durably(path, "new\n")
+    assert path.read_text() == "old\n"
+
+
+def test_removal_cut_off_leaves_nothing_that_looks_whole(checkpoints, monkeypatch):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    with monkeypatch.context() as patched:
+        cut_off(patched, shutil, "rmtree")
+        with pytest.raises(Killed):
+            layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
+    assert [p.name for p in checkpoints.iterdir() if layout.why_not_whole(p) is None] == ["iter_0000020"]
+
+
+# --- wholeness ------------------------------------------------------------------------------------------------
+
+
+def test_checkpoint_cut_short_is_not_whole(checkpoints):
+    path = save(checkpoints, 10)
+    (path / "__0_0.distcp").write_bytes(b"weight")
+    assert layout.why_not_whole(path) == "__0_0.distcp has 6 bytes, not 7"
+
+
+def test_checkpoint_with_a_file_missing_is_not_whole(checkpoints):
+    path = save(checkpoints, 10)
+    (path / ".metadata").unlink()
+    assert layout.why_not_whole(path) == ".metadata is missing"
+
+
+def test_checkpoint_under_another_name_is_not_whole(checkpoints):
+    path = save(checkpoints, 10)
+    copy = path.with_name("iter_0000010.copy")
+    path.rename(copy)
+    assert layout.why_not_whole(copy) is not None
+
+
+@pytest.mark.parametrize("name", ["iter_0000010.tmp", "iter_10", "iter_0000010.removed", "latest", "iter_0000010x"])
+def test_name_that_was_not_published_has_no_iteration(name):
+    assert layout.iteration_of(Path(name)) is None
+
+
+@pytest.mark.parametrize(("name", "iteration"), [("iter_0000010", 10), ("iter_12345678", 12_345_678)])
+def test_published_name_gives_its_iteration(name, iteration):
+    assert layout.iteration_of(Path(name)) == iteration
+
+
+@pytest.mark.parametrize("iteration", [0, 10, 9_999_999, 10_000_000])
+def test_iteration_is_read_back_from_its_directorys_name(iteration):
+    assert layout.iteration_of(Path(layout.directory_name(iteration))) == iteration
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "cannot be read"),
+        ('{"format": 1, ', "cannot be read"),
+        ("[]", "damaged"),
+        ("3", "damaged"),
+        ('{"iteration": 10}', "damaged (missing 'format')"),
+        ('{"format": 1, "iteration": 10}', "damaged (missing 'consumed_samples')"),
+        ('{"format": 99}', "format 99, this version reads 1"),
+    ],
+)
+def test_damaged_description_is_refused(content, message, checkpoints):
+    path = save(checkpoints, 10)
+    (path / "megapints.json").write_text(content)
+    with pytest.raises(CheckpointError) as caught:
+        layout.read_description(path)
+    assert str(path / "megapints.json") in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize("files", [None, [], "x", {"__0_0.distcp": "7"}])
+def test_checkpoint_with_a_damaged_list_of_files_is_not_whole(files, checkpoints):
+    path = save(checkpoints, 10)
+    body = json.loads((path / "megapints.json").read_text())
+    (path / "megapints.json").write_text(json.dumps(body | {"files": files}))
+    assert layout.why_not_whole(path) is not None
+
+
+def test_checkpoint_without_a_list_of_files_is_not_whole(checkpoints):
+    path = save(checkpoints, 10)
+    body = json.loads((path / "megapints.json").read_text())
+    del body["files"]
+    (path / "megapints.json").write_text(json.dumps(body))
+    assert layout.why_not_whole(path) is not None
+
+
+# --- finding --------------------------------------------------------------------------------------------------
+
+
+def test_newest_of_a_missing_directory_is_none(checkpoints):
+    assert layout.find_newest(checkpoints) == (None, ())
+
+
+def test_newest_is_that_of_the_highest_iteration(checkpoints):
+    for iteration in (9_999_999, 10_000_000, 500):
+        save(checkpoints, iteration)
+    assert layout.find_newest(checkpoints).path == checkpoints / "iter_10000000"
+
+
+def test_newest_does_not_depend_on_the_file_latest(checkpoints):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    (checkpoints / "latest").write_text("iter_0000010\n")
+    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
+
+
+def test_newest_passes_over_a_damaged_one(checkpoints):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    (checkpoints / "iter_0000020" / ".metadata").unlink()
+    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000010"
+
+
+def test_newest_names_the_damaged_ones_that_it_passed_over(checkpoints):
+    for iteration in (10, 20, 30):
+        save(checkpoints, iteration)
+    for iteration in ("20", "30"):
+        (checkpoints / f"iter_00000{iteration}" / ".metadata").unlink()
+    rejected = layout.find_newest(checkpoints).rejected
+    assert [(r.path.name, r.reason) for r in rejected] == [
+        ("iter_0000030", ".metadata is missing"),
+        ("iter_0000020", ".metadata is missing"),
+    ]
+
+
+def test_newest_says_nothing_of_older_damaged_ones(checkpoints):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    (checkpoints / "iter_0000010" / ".metadata").unlink()
+    assert layout.find_newest(checkpoints).rejected == ()
+
+
+@pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/iter_0000020"])
+def test_resolve_finds_the_checkpoint_from_the_run_and_from_within(given, checkpoints):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    assert layout.resolve(checkpoints.parent / given) == checkpoints / "iter_0000020"
+
+
+def test_resolve_of_an_older_checkpoint_gives_that_one(checkpoints):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    assert layout.resolve(checkpoints / "iter_0000010") == checkpoints / "iter_0000010"
+
+
+def test_resolve_of_a_damaged_checkpoint_is_refused(checkpoints):
+    path = save(checkpoints, 10)
+    (path / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"iter_0000010: not a whole checkpoint: \.metadata is missing\."):
+        layout.resolve(path)
+
+
+def test_resolve_of_a_run_whose_checkpoints_are_damaged_says_what_is_wrong_with_each(checkpoints):
+    (save(checkpoints, 10) / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no whole checkpoint \(iter_0000010: \.metadata is missing\)"):
+        layout.resolve(checkpoints.parent)
+
+
+def test_resolve_of_a_missing_folder_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere: does not exist; give a run directory"):
+        layout.resolve(tmp_path / "nowhere")
+
+
+def test_resolve_of_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
+        layout.resolve(tmp_path)
+
+
+def test_run_of_a_checkpoint_is_two_levels_up(checkpoints):
+    assert layout.run_of(save(checkpoints, 10)) == checkpoints.parent
+
+
+# --- retention ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "gone"),
+    [
+        (None, None, []),
+        (2, None, [10, 20, 30]),
+        (1, None, [10, 20, 30, 40]),
+        (5, None, []),
+        (9, None, []),
+        (1, 20, [10, 30]),
+        (2, 50, [10, 20, 30]),
+    ],
+)
+def test_retention_of_five_checkpoints(keep_last, keep_every, gone):
+    found = layout.expired([30, 10, 50, 20, 40], keep_last=keep_last, keep_every=keep_every)
+    assert found == gone
+
+
+def test_retention_removes_the_directories(checkpoints):
+    for iteration in (10, 20, 30):
+        save(checkpoints, iteration)
+    layout.apply_retention(checkpoints, keep_last=1, keep_every=20)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000020", "iter_0000030", "latest"]
+
+
+def test_retention_says_what_it_removed(checkpoints):
+    for iteration in (10, 20):
+        save(checkpoints, iteration)
+    assert layout.apply_retention(checkpoints, keep_last=1, keep_every=None) == [checkpoints / "iter_0000010"]
+
+
+def test_retention_does_not_count_damaged_checkpoints(checkpoints):
+    for iteration in (10, 20, 30):
+        save(checkpoints, iteration)
+    (checkpoints / "iter_0000030" / ".metadata").unlink()
+    layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
+    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
+
+
+def test_retention_leaves_a_save_under_way_alone(checkpoints):
+    save(checkpoints, 10)
+    temporary = write(checkpoints, 5)
+    layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
+    assert temporary.is_dir()
