@@ -20,7 +20,7 @@ from megatron_ext.data.loader import Loader
 from megatron_ext.model.gpt import build_model, wrap_for_training
 from megatron_ext.optim.build import build_optimizer
 from megatron_ext.parallel import groups
-from megatron_ext.parallel.launch import find_launch
+from megatron_ext.parallel.launch import single_process
 from megatron_ext.training.step import Machine, connect
 
 
@@ -60,7 +60,7 @@ def build_machine(
         ),
         optimizer=OptimizerConfig(lr=1e-4, lr_decay_style="constant"),
     )
-    place = groups.initialize(config.parallel, find_launch(), seed=1)
+    place = groups.initialize(config.parallel, single_process(), seed=1)
     model = wrap_for_training(config, build_model(config))
     optimizer = build_optimizer(config, model.wrapped)
     connect(config, model, optimizer)

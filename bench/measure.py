@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import torch
 
 from bench.gpu import Case, case_config
-from megatron_ext.checkpoint.layout import write_text_durably
 from megatron_ext.config.tree import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.loader import Loader
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import ConfigError, MegapintsError
 from megatron_ext.log import setup_logging
 from megatron_ext.model.flops import flops_per_token, parameter_count
@@ -38,7 +38,7 @@ from megatron_ext.model.transformer_config import uses_transformer_engine
 from megatron_ext.optim.build import build_optimizer
 from megatron_ext.parallel import device, groups
 from megatron_ext.parallel.groups import Place
-from megatron_ext.parallel.launch import Launch, free_port
+from megatron_ext.parallel.launch import single_process
 from megatron_ext.training.provenance import environment_report
 from megatron_ext.training.state import TrainState
 from megatron_ext.training.step import Machine, connect, train_step
@@ -115,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
         if not is_out_of_memory(error):
             raise
         result = {"status": "out_of_memory", "reason": str(error).partition("\n")[0][:300]}
-    write_text_durably(Path(argv[1]), json.dumps(result))
+    write_whole(Path(argv[1]), json.dumps(result))
     return 0
 
 
@@ -213,16 +213,7 @@ def time_training(case: Case, config: Config) -> Timing:
 
 def build_machine(config: Config) -> Machine:
     """Build what `train_step` works with, as pretrain_pints.py does, on this process alone."""
-    launch = Launch(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=free_port(),
-        launcher="bare",
-    )
-    place = groups.initialize(config.parallel, launch, seed=config.train.seed)
+    place = groups.initialize(config.parallel, single_process(), seed=config.train.seed)
     model = wrap_for_training(config, build_model(config))
     optimizer = build_optimizer(config, model.wrapped)
     connect(config, model, optimizer)

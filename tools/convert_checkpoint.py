@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import EXIT_CODE, CheckpointError, MegapintsError
 
 if TYPE_CHECKING:
@@ -246,9 +247,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    from megatron_ext.checkpoint import layout
-
-    layout.write_text_durably(file, json.dumps(content, indent=2) + "\n")
+    write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 def _read_text(file: Path) -> str:

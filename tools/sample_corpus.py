@@ -266,7 +266,7 @@ def write_source(
     documents: Iterable[Document], source: str, folder: Path, *, valid_fraction: float, max_bytes: int
 ) -> dict[Path, Count]:
     """Write a source's training and validation files, whole or not at all."""
-    from megatron_ext.data.manifest import aside_path, publish
+    from megatron_ext.durable import aside_path, publish
 
     paths = [folder / f"{source}.train.jsonl", folder / f"{source}.valid.jsonl"]
     asides = [aside_path(path) for path in paths]

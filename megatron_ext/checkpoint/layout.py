@@ -13,7 +13,6 @@ by looking at the directories themselves.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_ext.durable import flush, write_whole
 from megatron_ext.errors import CheckpointError
 
 CHECKPOINTS = "checkpoints"
@@ -99,9 +99,9 @@ def publish(temporary: Path, description: CheckpointDescription) -> Path:
     sizes: dict[str, int] = {}
     for file in sorted(p for p in temporary.rglob("*") if p.is_file() and p.name != DESCRIPTION):
         sizes[file.relative_to(temporary).as_posix()] = file.stat().st_size
-        _fsync(file)
+        flush(file)
     body = {"format": FORMAT, **vars(description), "files": sizes}
-    write_text_durably(temporary / DESCRIPTION, json.dumps(body, indent=1) + "\n")
+    write_whole(temporary / DESCRIPTION, json.dumps(body, indent=1) + "\n")
     published = temporary.with_suffix("")
     if published.exists():
         replaced = published.with_suffix(".replaced")
@@ -111,8 +111,8 @@ def publish(temporary: Path, description: CheckpointDescription) -> Path:
         shutil.rmtree(replaced)
     else:
         temporary.rename(published)
-    _fsync(published.parent)
-    write_text_durably(published.parent / LATEST, published.name + "\n")
+    flush(published.parent)
+    write_whole(published.parent / LATEST, published.name + "\n")
     return published
 
 
@@ -233,22 +233,3 @@ def apply_retention(checkpoints: Path, *, keep_last: int | None, keep_every: int
         shutil.rmtree(doomed)
         removed.append(path)
     return removed
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """Write a small file so that a crash leaves either the old content or the new."""
-    aside = path.with_name(path.name + ".aside")
-    with aside.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    aside.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ext.data.manifest import aside_path, manifest_path, publish
+from megatron_ext.data.manifest import manifest_path
+from megatron_ext.durable import aside_path, publish
 from megatron_ext.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"

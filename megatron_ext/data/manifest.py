@@ -7,12 +7,12 @@ and tools read it without numpy or torch.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import DataError
 
 MANIFEST_VERSION = 1
@@ -125,37 +125,3 @@ def _typed(content: object, record: type, path: Path, skip: tuple[str, ...] = ()
             )
         values[field.name] = value
     return values
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file aside, flush it to the disk, and rename it into place."""
-    aside = aside_path(path)
-    try:
-        aside.write_bytes(content)
-        publish(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def aside_path(path: Path) -> Path:
-    """Name the file that stands in for `path` until it is whole; own to this process."""
-    return path.with_name(f"{path.name}.partial-{os.getpid()}")
-
-
-def publish(aside: Path, path: Path) -> None:
-    """Flush `aside` to the disk and rename it to `path`; both must lie in one file system.
-
-    The folder is flushed too: otherwise a power cut can undo the rename and keep a later one.
-    """
-    _flush(aside)
-    aside.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or folder that is already written to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,7 +18,7 @@ from typing import Any
 
 import tokenizers
 
-from megatron_ext.data.manifest import write_whole
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import DataError
 
 ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")

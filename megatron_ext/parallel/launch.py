@@ -104,13 +104,22 @@ def read_launch(environment: Mapping[str, str] | None = None) -> Launch:
             f"environment: srun's variables are half set: SLURM_PROCID is {environment['SLURM_PROCID']}, but "
             "SLURM_STEP_ID is missing; pass all SLURM_* variables into the container, or unset this one"
         )
+    return _alone(port=0)
+
+
+def single_process() -> Launch:
+    """A run of this process alone, whatever a launcher says."""
+    return _alone(port=free_port())
+
+
+def _alone(*, port: int) -> Launch:
     return Launch(
         rank=0,
         world_size=1,
         local_rank=0,
         local_world_size=1,
         master_addr=_LOOPBACK,
-        master_port=0,
+        master_port=port,
         launcher="bare",
     )
 

@@ -27,7 +27,7 @@ from megatron_ext.config.tree import (
 )
 from megatron_ext.model.gpt import build_model
 from megatron_ext.parallel import device, groups
-from megatron_ext.parallel.launch import Launch, free_port
+from megatron_ext.parallel.launch import single_process
 
 
 def forward_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
@@ -87,16 +87,7 @@ def _single_process(parallel: ParallelConfig) -> Iterator[None]:
         assert dist.get_world_size() == 1, "forward_logits is for one process"
         yield
         return
-    launch = Launch(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=free_port(),
-        launcher="bare",
-    )
-    groups.initialize(parallel, launch, seed=1)
+    groups.initialize(parallel, single_process(), seed=1)
     try:
         yield
     finally:

@@ -12,9 +12,9 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron_ext.checkpoint.layout import write_text_durably
 from megatron_ext.config.load import to_toml
 from megatron_ext.config.tree import Config
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import ConfigError
 from megatron_ext.training.provenance import code_revision, environment_report
 
@@ -43,9 +43,9 @@ def prepare(config: Config, *, world_size: int) -> None:
     directory = run_directory(config)
     try:
         (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
-        write_text_durably(directory / "config.toml", to_toml(config))
+        write_whole(directory / "config.toml", to_toml(config))
         environment = {"code_revision": code_revision(_ROOT), "world_size": world_size, **environment_report()}
-        write_text_durably(directory / "environment.json", json.dumps(environment, indent=1) + "\n")
+        write_whole(directory / "environment.json", json.dumps(environment, indent=1) + "\n")
         source = Path(config.data.tokenizer)
         for name in _TOKENIZER_FILES:
             if (source / name).is_file() and source.resolve() != (directory / TOKENIZER).resolve():

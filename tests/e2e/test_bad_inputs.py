@@ -19,6 +19,7 @@ import pytest
 from megatron_ext.data.indexed import IndexedWriter
 from megatron_ext.data.manifest import Manifest, TokenizerRecord, write_manifest
 from megatron_ext.errors import EXIT_CODE
+from megatron_ext.parallel.launch import free_port
 from tests.conftest import ROOT, TINY_TOML, child_environment
 
 # Names under which the commands write what is not whole yet.
@@ -104,28 +105,52 @@ def place(tiny_data: Path, tmp_path: Path) -> Workplace:
     return Workplace(tmp_path)
 
 
-def run(
-    command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+class Ended(NamedTuple):
+    """A command that ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def start(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
     # Without a GPU everywhere, so that what needs one is refused everywhere.
     variables = {**child_environment(), "CUDA_VISIBLE_DEVICES": "", **(environment or {})}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, str(ROOT / command[0]), *command[1:]],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=200,
         cwd=folder,
         env=variables,
     )
 
 
-def refuse(mistake: Mistake, place: Workplace) -> Refusal:
+def end(process: subprocess.Popen[str]) -> Ended:
+    try:
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return Ended(process.returncode, stdout, stderr)
+
+
+def run(command: Sequence[str], folder: Path) -> Ended:
+    return end(start(command, folder))
+
+
+def refuse(mistake: Mistake, place: Workplace, ranks: Sequence[Mapping[str, str]] = ({},)) -> list[Refusal]:
+    """Make the mistake, and see what each rank does about it."""
     mistake.spoil(place)
     before = place.files()
     words = [word.format(root=place.root) for word in (*mistake.command, *mistake.options)]
-    done = run(words, place.root, mistake.environment)
-    errors = [line for line in done.stderr.splitlines() if line]
-    return Refusal(done.returncode, errors, done.stdout + done.stderr, before, place.files())
+    environment = {name: value.format(root=place.root) for name, value in mistake.environment.items()}
+    processes = [start(words, place.root, {**environment, **rank}) for rank in ranks]
+    ended = [end(process) for process in processes]
+    after = place.files()
+    return [
+        Refusal(e.returncode, [line for line in e.stderr.splitlines() if line], e.stdout + e.stderr, before, after)
+        for e in ended
+    ]
 
 
 def check(mistake: Mistake, refusal: Refusal, root: Path) -> None:
@@ -181,6 +206,17 @@ def lose_the_end_token(place: Workplace) -> None:
     path.write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
 
 
+def change_the_tokenizer(place: Workplace) -> None:
+    """Another tokenizer.json, though of the same ids."""
+    path = place.data / "tokenizer" / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+
+
+def lose_wandb(place: Workplace) -> None:
+    """A package that fails as an absent one does; it comes first on PYTHONPATH."""
+    (place.root / "wandb.py").write_text("raise ImportError\n")
+
+
 def foreign_folder(place: Workplace) -> None:
     """A folder as other trainers leave it."""
     folder = place.root / "foreign" / "iter_0000100" / "mp_rank_00"
@@ -210,7 +246,7 @@ MISTAKES = {
     "config_missing": Mistake(
         "nowhere.toml: no such file, and no bundled config of that name", command=("pretrain_pints.py", "nowhere.toml")
     ),
-    "config_misspelt": Mistake("did you mean pints_1.5b_2k?", command=("pretrain_pints.py", "pints_1.5b_2")),
+    "config_misspelt": Mistake("did you mean pints_1.5b_2k, ", command=("pretrain_pints.py", "pints_1.5b_2")),
     "config_not_toml": Mistake("{root}/run.toml: not valid TOML:", spoil=edit("num_layers = 4", "num_layers : 4")),
     "config_unknown_key": Mistake(
         "{root}/run.toml: model.num_layer: unknown key; did you mean num_layers?",
@@ -227,7 +263,7 @@ MISTAKES = {
         '{root}/run.toml: optimizer.lr: "1e-2" is not a number; write 0.01.', spoil=edit("lr = 1e-2", 'lr = "1e-2"')
     ),
     "option_unknown": Mistake(
-        "command line: --train.train_iter: unknown option; did you mean --train.train_iters?",
+        "command line: --train.train_iter: unknown option; did you mean --train.train_iters, ",
         options=("--train.train_iter", "5"),
     ),
     "option_of_wrong_type": Mistake(
@@ -276,8 +312,10 @@ MISTAKES = {
     ),
     "data_named_with_its_ending": Mistake(
         "must be a prefix; leave the ending away: {root}/data/a.",
-        spoil=lambda place: shutil.copyfile(place.data / "a.bin", place.data / "a.bin.bin")
-        and shutil.copyfile(place.data / "a.idx", place.data / "a.bin.idx"),
+        spoil=lambda place: (
+            shutil.copyfile(place.data / "a.bin", place.data / "a.bin.bin")
+            and shutil.copyfile(place.data / "a.idx", place.data / "a.bin.idx")
+        ),
         options=("--data.train_data", "{root}/data/a.bin"),
     ),
     "bin_cut_short": Mistake("{root}/data/a.bin: holds", spoil=truncate("data/a.bin", by=2)),
@@ -296,7 +334,9 @@ MISTAKES = {
     "data_shorter_than_a_sample": Mistake(
         "is shorter than one sample of train.seq_length + 1 = 17 tokens", spoil=lambda place: place.replace_data([3, 4])
     ),
-    "manifest_damaged": Mistake("{root}/data/a.manifest.json", spoil=overwrite("data/a.manifest.json", '{"version": 1')),
+    "manifest_damaged": Mistake(
+        "{root}/data/a.manifest.json", spoil=overwrite("data/a.manifest.json", '{"version": 1')
+    ),
     "cache_not_writable": Mistake(
         "cannot write the index cache", options=("--data.path_to_cache", "{root}/run.toml/cache")
     ),
@@ -313,6 +353,16 @@ MISTAKES = {
     "tokenizer_larger_than_the_model": Mistake(
         "model.vocab_size (90) must cover the tokenizer's ids: {root}/data/tokenizer has 97",
         options=("--model.vocab_size", "90"),
+    ),
+    # what a run reports
+    "wandb_not_installed": Mistake(
+        "log.wandb_project is set, but the wandb package is not installed",
+        spoil=lose_wandb,
+        options=("--log.wandb_project", "pints"),
+        environment={"PYTHONPATH": "{root}"},
+    ),
+    "more_passes_than_allowed": Mistake(
+        "data.max_epochs (0.1) would be passed: {root}/data/a is read", options=("--data.max_epochs", "0.1")
     ),
     # checkpoints
     "init_from_missing": Mistake(
@@ -333,11 +383,20 @@ MISTAKES = {
         after_training=True,
     ),
     "init_from_with_damaged_description": Mistake(
-        "trained: holds no whole checkpoint", spoil=overwrite(DESCRIPTION, "{"), options=FROM_TRAINED, after_training=True
+        "trained: holds no whole checkpoint",
+        spoil=overwrite(DESCRIPTION, "{"),
+        options=FROM_TRAINED,
+        after_training=True,
     ),
     "run_dir_of_another_model": Mistake(
         "of another model: num_layers 4 there, 2 here",
         options=(*IN_TRAINED, "--model.num_layers", "2"),
+        after_training=True,
+    ),
+    "run_dir_of_another_tokenizer": Mistake(
+        "trained with another tokenizer than data.tokenizer ({root}/data/tokenizer)",
+        spoil=change_the_tokenizer,
+        options=IN_TRAINED,
         after_training=True,
     ),
     "run_dir_of_another_run_and_no_resume": Mistake(
@@ -383,7 +442,20 @@ def test_mistake_gives_one_message_and_leaves_nothing_half_done(name, place, req
     mistake = MISTAKES[name]
     if mistake.after_training:
         shutil.copytree(request.getfixturevalue("finished_run"), place.root / "trained")
-    check(mistake, refuse(mistake, place), place.root)
+    (refusal,) = refuse(mistake, place)
+    check(mistake, refusal, place.root)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_of_other_data", "run_dir_of_another_model", "wandb_not_installed"])
+def test_mistake_met_by_two_ranks_ends_both_and_is_told_once(name, place, request):
+    mistake = MISTAKES[name]
+    if mistake.after_training:
+        shutil.copytree(request.getfixturevalue("finished_run"), place.root / "trained")
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [{**meeting, "RANK": number, "LOCAL_RANK": number} for number in "01"]
+    first, second = refuse(mistake, place, ranks)
+    check(mistake, first, place.root)
+    assert (second.returncode, second.errors) == (EXIT_CODE, [])
 
 
 def test_several_mistakes_are_told_at_once(place):

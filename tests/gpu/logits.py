@@ -1,8 +1,10 @@
-"""Compare a run's bf16 logits on the GPU with transformers': `python tests/gpu/logits.py RUN HF TOKENS [--field VALUE ...]`.
+"""Compare a run's bf16 logits on the GPU with transformers'. Run by test_export.py, in a process of its own.
 
-Prints JSON: the relative error ||x - y|| / ||y|| of ours and of transformers' bf16 logits x against transformers' fp32
-logits y, and how often the most probable token agrees with theirs in fp32. RUN's checkpoint is read with the fields
-overridden; HF is its export; TOKENS is a .npy of ids [b, s]. Run by test_export.py, in a process of its own.
+    python tests/gpu/logits.py RUN HF TOKENS [--section.field VALUE ...]
+
+RUN's checkpoint is read with the fields overridden; HF is its export; TOKENS is a .npy of ids [b, s]. Prints JSON:
+the relative error |x - y| / |y| of ours and of transformers' bf16 logits x against transformers' fp32 logits y, and
+how often the most probable token is the one of y.
 """
 
 from __future__ import annotations
@@ -22,22 +24,13 @@ from megatron_ext.checkpoint.save_load import Checkpoints
 from megatron_ext.config.load import load_config
 from megatron_ext.model.gpt import build_model
 from megatron_ext.parallel import device, groups
-from megatron_ext.parallel.launch import Launch, free_port
+from megatron_ext.parallel.launch import single_process
 
 
 def our_logits(run: Path, tokens: torch.Tensor, overrides: Sequence[str]) -> torch.Tensor:
     """Run the checkpoint as training would, [b, s, v] float32."""
     config = load_config(run / "config.toml", overrides)
-    launch = Launch(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=free_port(),
-        launcher="bare",
-    )
-    place = groups.initialize(config.parallel, launch, seed=1)
+    place = groups.initialize(config.parallel, single_process(), seed=1)
     chunks = build_model(config)
     checkpoints = Checkpoints(
         config,

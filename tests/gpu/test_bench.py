@@ -63,13 +63,14 @@ def test_lack_of_memory_ends_a_series_and_not_the_sweep(bench):
     assert statuses == ["ok", "out_of_memory", "not_run"] * 2
 
 
-def test_full_model_starts_at_the_loss_of_guessing_within_the_estimated_memory(bench):
+def test_full_model_starts_at_the_loss_of_its_initialisation_within_the_estimated_memory(bench):
     words = ("--micro_batch_sizes", "1", "--tokens_per_step", "2048", "--steps", "2", "--warmup", "1")
     results, printed = bench(*words)
     (result,) = results.values()
     assert result["parameters"] == 1_565_886_464
-    # After one update at a four-thousandth of the learning rate.
-    assert result["losses"][0] == pytest.approx(math.log(32064), abs=0.05), printed
+    # 1.5-Pints draws the output layer from N(0, sqrt(2/(5h))), and the final norm gives it inputs of mean square 1: the
+    # logits are N(0, 0.4), which costs 0.4 / 2 beyond ln(vocabulary). The one update before is at 2e-7.
+    assert result["losses"][0] == pytest.approx(math.log(32064) + 0.2, abs=0.05), printed
     (case,) = gpu.make_cases(gpu.parse_arguments(words))
     estimate = memory_per_gpu(gpu.case_config(case), world_size=1)
     # Weights, gradients and optimizer are exact. Activations, and what the formulas leave out (gradients on their

@@ -6,8 +6,8 @@ Nothing of the machine's own Slurm or munge is read, used or changed: key, socke
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
+import pwd
 import secrets
 import shutil
 import socket
@@ -156,7 +156,7 @@ class Slurm:
         """Cancel what is left, and wait until its tasks are gone: they outlive the slurmd that started them."""
         deadline = time.monotonic() + _STOP_SECONDS
         while self.run("squeue", "--noheader").stdout.strip() and time.monotonic() < deadline:
-            self.run("scancel", "--user", getpass.getuser())
+            self.run("scancel", "--user", _user())
             time.sleep(0.5)
 
     def logs(self) -> str:
@@ -200,11 +200,15 @@ def _configure(folder: Path) -> Slurm:
     nodes = (host, f"{host}-second")
     ports = _free_ports(3)
     conf = folder / "slurm.conf"
-    conf.write_text(_CONF.format(host=host, nodes=nodes, ports=ports, user=getpass.getuser(), folder=folder).lstrip())
+    conf.write_text(_CONF.format(host=host, nodes=nodes, ports=ports, user=_user(), folder=folder).lstrip())
     environment = {**child_environment(), "PATH": _PATH, "SLURM_CONF": str(conf)}
     if not _resolves(host):
         environment["MASTER_ADDR"] = "127.0.0.1"  # what slurm/README.md says for such a cluster
     return Slurm(folder, nodes, environment)
+
+
+def _user() -> str:
+    return pwd.getpwuid(os.geteuid()).pw_name
 
 
 def _free_ports(number: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 from megatron_ext.config.load import load_config
 from megatron_ext.config.tree import Config, ParallelConfig
 from megatron_ext.parallel.groups import Place
-from megatron_ext.parallel.launch import Launch, free_port
+from megatron_ext.parallel.launch import single_process
 from tests.conftest import TINY_TOML
 
 
@@ -19,16 +19,7 @@ def one_process() -> Iterator[Place]:
     """Megatron's groups over this process alone, on the CPU or the GPU; left again after the module."""
     from megatron_ext.parallel import groups
 
-    launch = Launch(
-        rank=0,
-        world_size=1,
-        local_rank=0,
-        local_world_size=1,
-        master_addr="127.0.0.1",
-        master_port=free_port(),
-        launcher="bare",
-    )
-    place = groups.initialize(ParallelConfig(), launch, seed=1)
+    place = groups.initialize(ParallelConfig(), single_process(), seed=1)
     try:
         yield place
     finally:

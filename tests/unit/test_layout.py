@@ -11,6 +11,7 @@ import pytest
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.layout import CheckpointDescription
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import CheckpointError
 
 
@@ -176,11 +177,11 @@ def test_unpublished_checkpoint_is_named_among_the_rejected(checkpoints):
 
 def test_small_file_cut_off_while_written_keeps_its_old_content(tmp_path, monkeypatch):
     path = tmp_path / "latest"
-    layout.write_text_durably(path, "old\n")
+    write_whole(path, "old\n")
     with monkeypatch.context() as patched:
         cut_off(patched, os, "fsync")
         with pytest.raises(Killed):
-            layout.write_text_durably(path, "new\n")
+            write_whole(path, "new\n")
     assert path.read_text() == "old\n"
 
 

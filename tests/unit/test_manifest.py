@@ -15,8 +15,8 @@ from megatron_ext.data.manifest import (
     manifest_path,
     read_manifest,
     write_manifest,
-    write_whole,
 )
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import DataError
 
 MANIFEST = Manifest(
