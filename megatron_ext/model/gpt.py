@@ -75,11 +75,12 @@ def wrap_for_training(config: Config, chunks: list[Any]) -> Model:
 
 def _build_chunk(config: Config, transformer: Any, chunk: int, num_chunks: int) -> Any:
     from megatron.core import tensor_parallel
-    from megatron.core.models.gpt import GPTModel
+
+    from megatron_ext.model.vocabulary import TrueVocabularyGPT
 
     model = config.model
     engine = uses_transformer_engine(config)
-    module = GPTModel(
+    module = TrueVocabularyGPT(
         config=transformer,
         transformer_layer_spec=build_block_spec(transformer, transformer_engine=engine, chunk=chunk),
         vocab_size=padded_vocab_size(model),
@@ -95,6 +96,7 @@ def _build_chunk(config: Config, transformer: Any, chunk: int, num_chunks: int) 
         rope_scaling_factor=model.rotary_scaling_factor or 8.0,
         vp_stage=chunk if num_chunks > 1 else None,
     )
+    module.true_vocab_size = model.vocab_size
     for parameter in module.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return module.to(device.current()) if device.is_cuda() else module

@@ -21,6 +21,7 @@ from megatron_ext.config.tree import ModelConfig
 _RESIDUAL_OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 _SPLIT_BY_COLUMN = _RESIDUAL_OUTPUTS
 _GATED = "mlp.linear_fc1.weight"
+_EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class Deviations(NamedTuple):
@@ -59,9 +60,12 @@ def initialize_weights(
         axis = 1 if name.endswith(_SPLIT_BY_COLUMN) else 0
         shape = list(parameter.shape)
         shape[axis] *= tensor_size
-        if model.share_embeddings_and_output_weights and name == "output_layer.weight":
-            name = "embedding.word_embeddings.weight"  # the last stage's copy of the tied matrix
-        whole = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=_generator(seed, name))
+        if model.share_embeddings_and_output_weights and name == _OUTPUT:
+            name = _EMBEDDING  # the last stage's copy of the tied matrix
+        whole = torch.zeros(shape, dtype=torch.float32)
+        # Rows that pad the vocabulary stay zero, so that what is drawn does not depend on the padding.
+        drawn = whole[: model.vocab_size] if name in (_EMBEDDING, _OUTPUT) else whole
+        drawn.normal_(0.0, std, generator=_generator(seed, name))
         parameter.copy_(_shard(whole, name, axis, tensor_rank, tensor_size))
 
 

@@ -54,6 +54,14 @@ def test_tied_embeddings_in_layout_give_the_losses_of_one_process(module_trainer
         assert [r[name] for r in four.rows()] == pytest.approx([r[name] for r in one.rows()], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("multiple", ["1", "128"])
+def test_padding_of_the_vocabulary_changes_nothing(multiple, reference, module_trainer):
+    finished = module_trainer.train(f"padded_{multiple}", "--model.make_vocab_size_divisible_by", multiple)
+    for name in ("loss", "grad_norm"):
+        expected = [row[name] for row in reference.rows()]
+        assert [row[name] for row in finished.rows()] == pytest.approx(expected, rel=1e-6)
+
+
 def test_training_learns_the_repeating_tokens(module_trainer):
     finished = module_trainer.train("long", "--train.train_iters", "150", "--log.interval", "50")
     losses = [row["loss"] for row in finished.rows()]

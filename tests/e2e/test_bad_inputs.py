@@ -1,4 +1,4 @@
-"""A person's mistakes, each through the real command: one clear message, no traceback, exit code 2, nothing half done."""
+"""A person's mistakes, each through the real command: one clear message, exit code 2, nothing half done."""
 
 from __future__ import annotations
 
@@ -362,7 +362,8 @@ MISTAKES = {
         environment={"PYTHONPATH": "{root}"},
     ),
     "more_passes_than_allowed": Mistake(
-        "data.max_epochs (0.1) would be passed: {root}/data/a is read", options=("--data.max_epochs", "0.1")
+        "data.max_epochs (0.01) would be passed: {root}/data/a is read",
+        options=("--data.train_data", "{root}/data/a", "--data.max_epochs", "0.01"),
     ),
     # checkpoints
     "init_from_missing": Mistake(
