@@ -30,20 +30,20 @@ from megatron_ext.parallel.launch import (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the command line, check everything that can be checked without torch, then show or run."""
-    rank = 0
+    launcher = None
     try:
         launcher = launched()
-        rank = launcher.rank if launcher else 0
         arguments = sys.argv[1:] if argv is None else argv
         command = parse_command_line(arguments, prog="pretrain_pints.py", description=__doc__ or "")
         if command.dry_run:
-            dry_run(command.config, command.world_size or (launcher.world_size if launcher else None))
+            if launcher is None or launcher.rank == 0:
+                dry_run(command.config, command.world_size or (launcher.world_size if launcher else None))
             return 0
         raise_problems(check_config(command.config, world_size=launcher.world_size if launcher else 1))
         set_runtime_environment(cuda=cuda_is_visible())
         run(command.config, find_launch())
     except MegapintsError as error:
-        if rank == 0:
+        if launcher is None or launcher.local_rank == 0:  # once per node: a file may be missing on one of them
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         return EXIT_CODE
     return 0
@@ -72,6 +72,7 @@ def run(config: Config, launch: Launch) -> None:
     from megatron_ext.data.tokenizer import Tokenizer
     from megatron_ext.log import setup_logging
     from megatron_ext.model.gpt import build_model, wrap_for_training
+    from megatron_ext.model.transformer_config import uses_transformer_engine
     from megatron_ext.optim.build import build_optimizer
     from megatron_ext.parallel import groups
     from megatron_ext.training import run_dir
@@ -87,8 +88,6 @@ def run(config: Config, launch: Launch) -> None:
     place = groups.initialize(config.parallel, launch, seed=config.train.seed)
     stop = Stop(config.train)
     with groups.together():
-        if place.rank == 0:
-            run_dir.prepare(config, world_size=place.world_size)
         tokenizer = Tokenizer.load(config.data.tokenizer)
     data = build_samples(config, tokenizer)
     model = wrap_for_training(config, build_model(config))
@@ -101,8 +100,12 @@ def run(config: Config, launch: Launch) -> None:
         bare_chunks=model.bare,
         optimizer=optimizer,
         tokenizer_sha256=tokenizer.sha256,
+        transformer_engine=uses_transformer_engine(config),
     )
     state = starting_state(config, checkpoints)
+    with groups.together():  # only now: a start that was refused leaves the run's description alone
+        if place.rank == 0:
+            run_dir.prepare(config, world_size=place.world_size)
     shape = {"micro_batch_size": config.train.micro_batch_size, "seq_length": config.train.seq_length}
     loader = Loader(data.train, place, **shape)
     valid_loader = Loader(data.valid, place, **shape) if data.valid else None

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -116,6 +117,8 @@ def _add_from_hf(commands: Any) -> None:
     add = command.add_argument
     add("--load", type=Path, required=True, metavar="HF", help="folder with config.json and safetensors")
     add("--save", type=Path, required=True, metavar="DIR", help="run directory to make; must not exist")
+    multiple = "pad the vocabulary to a multiple of N, as the configuration that starts from it does (default 128)"
+    add("--make_vocab_size_divisible_by", type=int, default=128, metavar="N", help=multiple)
     command.set_defaults(run=_from_hf)
 
 
@@ -180,7 +183,10 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     from megatron_ext.data.tokenizer import Tokenizer, export_tokenizer
 
     reader = HfReader(arguments.load)
+    if arguments.make_vocab_size_divisible_by < 1:
+        raise CheckpointError(f"--make_vocab_size_divisible_by ({arguments.make_vocab_size_divisible_by}) must be above 0.")
     model, notes = hf_llama.model_from_hf(reader.config, where=str(reader.config_path))
+    model = replace(model, make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by)
     reader.check_shapes(hf_llama.hf_shapes(model))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

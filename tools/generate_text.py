@@ -48,15 +48,17 @@ def _generate(arguments: argparse.Namespace) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
+    from megatron_ext.parallel import device
+
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).eval().to(device.current())
     sampling: dict[str, object] = {"do_sample": arguments.temperature > 0}
     if arguments.temperature > 0:
         sampling["temperature"] = arguments.temperature
     continuations = []
     for prompt in arguments.prompts:
-        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids.to(model.device)
         with torch.no_grad():
             output = model.generate(
                 ids,

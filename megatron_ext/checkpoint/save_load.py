@@ -16,8 +16,8 @@ import torch
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.layout import CheckpointDescription
-from megatron_ext.config.derived import head_size, padded_vocab_size
-from megatron_ext.config.tree import Config, ModelConfig
+from megatron_ext.config.derived import bucket_size, head_size, padded_vocab_size
+from megatron_ext.config.tree import Config, ModelConfig, ParallelConfig
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel import device, groups
 from megatron_ext.parallel.groups import Place
@@ -55,6 +55,7 @@ class Checkpoints:
         bare_chunks: Sequence[Any],
         optimizer: Any,
         tokenizer_sha256: str,
+        transformer_engine: bool = False,
     ) -> None:
         """Take what is to be saved and loaded; `optimizer` may be None where only weights are loaded."""
         self._config = config
@@ -63,6 +64,7 @@ class Checkpoints:
         self._chunks = list(bare_chunks)
         self._optimizer = optimizer
         self._tokenizer_sha256 = tokenizer_sha256
+        self._transformer_engine = transformer_engine
         self._queue: Any = None
         self.last_saved: int | None = None
         """Iteration of the newest save that was begun or loaded."""
@@ -146,6 +148,7 @@ class Checkpoints:
                 "pipeline_model_parallel_size": self._place.pipeline_size,
                 "context_parallel_size": self._place.context_size,
                 "data_parallel_size": self._place.data_size,
+                "transformer_engine": int(self._transformer_engine),
             },
         )
 
@@ -209,8 +212,7 @@ class Checkpoints:
             )
         metadata = _metadata(description.optimizer_format or _UNSHARDED)
         same_grid = description.topology == self._description(Progress(0, 0, 0)).topology
-        fp8 = description.config.get("precision", {}).get("dtype") == "fp8"
-        state = self._state(metadata, loading=True, weights_only=weights_only, rng=same_grid, fp8=fp8)
+        state = self._state(metadata, loading=True, weights_only=weights_only, rng=same_grid)
         # Leaf parameters are written in place (fp32 with dp_reshardable), hence no_grad.
         with torch.no_grad():
             loaded = dist_checkpointing.load(
@@ -243,17 +245,16 @@ class Checkpoints:
                 f"{path}: saved with parallel.use_distributed_optimizer = {str(theirs != _UNSHARDED).lower()}, this "
                 "run has the other; use the same, or start anew with checkpoint.init_from."
             )
-        moved = {
-            name: (size, getattr(self._config.parallel, name))
-            for name, size in description.topology.items()
-            if name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-            and size != getattr(self._config.parallel, name)
-        }
+        there, here = (_cut(c) for c in (description.config["parallel"], asdict(self._config.parallel)))
+        moved = [f"parallel.{name} {there[name]} -> {here[name]}" for name in here if there[name] != here[name]]
+        if description.topology.get("transformer_engine", 0) != self._transformer_engine:
+            # Their layers hold the same parameters in another order, and this format goes by order.
+            moved.append("model.transformer_impl: local to Transformer Engine, or back")
         if moved and theirs == "dp_reshardable":
-            changes = ", ".join(f"parallel.{name} {old} -> {new}" for name, (old, new) in moved.items())
             raise CheckpointError(
-                f"{path}: saved as dp_reshardable, so only the number of data-parallel ranks may change ({changes}); "
-                "resume at the saved sizes, save once with checkpoint.optimizer_format fully_reshardable, then change."
+                f"{path}: saved as dp_reshardable, so only the number of data-parallel ranks may change "
+                f"({', '.join(moved)}); resume with the saved settings, save once with checkpoint.optimizer_format "
+                "fully_reshardable, then change."
             )
         if description.tokenizer_sha256 not in (None, self._tokenizer_sha256):
             raise CheckpointError(
@@ -292,20 +293,25 @@ class Checkpoints:
         loading: bool = False,
         weights_only: bool = False,
         rng: bool = True,
-        fp8: bool = True,
     ) -> dict[str, Any]:
-        keep_extra = fp8 and self._config.precision.dtype == "fp8"
         state: dict[str, Any] = {}
         for name, chunk in self._named_chunks():
             sharded = chunk.sharded_state_dict(metadata=metadata)
-            # `_extra_state` is Transformer Engine's FP8 scaling history; elsewhere it is an empty object that would
-            # tie a checkpoint to one implementation.
-            state[name] = {k: v for k, v in sharded.items() if keep_extra or not k.endswith("_extra_state")}
+            # `_extra_state` is the scaling history of FP8's delayed recipe, as a pickle; it builds up again in a few
+            # iterations. Elsewhere it is an empty object that would tie a checkpoint to one implementation.
+            state[name] = {k: v for k, v in sharded.items() if not k.endswith("_extra_state")}
         if not weights_only:
             state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
             if rng:
                 state["rng"] = _sharded_rng_states(self._place)
         return state
+
+
+def _cut(parallel: dict[str, Any]) -> dict[str, Any]:
+    """What decides how dp_reshardable optimizer state is cut: the stage's parameters, and their buckets."""
+    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
+    buckets = {"ddp_bucket_size": bucket_size(ParallelConfig(**parallel))}
+    return {**{name: parallel[name] for name in sizes}, **buckets}
 
 
 def _identity(model: ModelConfig) -> dict[str, Any]:

@@ -41,6 +41,15 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     )
 
 
+def bucket_size(parallel: ParallelConfig) -> int | None:
+    """Return the elements per gradient bucket; None, one bucket for all, where nothing overlaps.
+
+    Megatron's default grows with the number of data-parallel ranks, and a dp_reshardable checkpoint is cut by bucket:
+    a fixed size lets that number change.
+    """
+    return (parallel.ddp_bucket_size or 40_000_000) if parallel.overlap_grad_reduce else None
+
+
 def batch_steps(train: TrainConfig) -> tuple[BatchStep, ...]:
     """Return the levels of the global batch size, by consumed samples; one level without ramp-up.
 

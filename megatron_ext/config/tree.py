@@ -87,7 +87,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
     ddp_bucket_size: int | None = None
-    """Elements per gradient bucket when overlap is on; default max(40M, 1M x data_parallel_size)."""
+    """Elements per gradient bucket when overlap is on; default 40,000,000. Enters dp_reshardable checkpoints."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activation recomputation: none; selective (core attention); full (whole layers)."""
     recompute_num_layers: int = 1

@@ -41,10 +41,16 @@ def share_batch(host: torch.Tensor | None, place: Place, *, shape: tuple[int, in
     groups.broadcast_over_tensor_ranks(packed)
     positions = torch.arange(shape[1], dtype=torch.int64, device=packed.device).expand(shape)
     batch = Batch(packed[0], packed[1], packed[2].float(), positions)
-    return _cut_for_context_parallelism(batch) if place.context_size > 1 else batch
+    if place.context_size == 1:
+        return batch
+    return Batch(*(cut_for_context_rank(t, place.context_rank, place.context_size) for t in batch))
 
 
-def _cut_for_context_parallelism(batch: Batch) -> Batch:
-    from megatron.core.utils import get_batch_on_this_cp_rank
+def cut_for_context_rank(tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
+    """Take a context-parallel rank's share of [b, s]: the chunks `rank` and `2 size - 1 - rank` of 2 size.
 
-    return Batch(**get_batch_on_this_cp_rank(batch._asdict()))
+    An early chunk with a late one, so that every rank has the same work under a causal mask; as Transformer Engine's
+    attention expects it (megatron-core 0.16.1 and 0.19.2, utils.py, get_batch_on_this_cp_rank).
+    """
+    chunks = tensor.chunk(2 * size, dim=1)
+    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]), dim=1)

@@ -155,9 +155,10 @@ def _open(config: Config, tokenizer: Tokenizer, prefix: str, *, part: int, share
             f"{prefix}: the {name} share ({num_tokens} tokens of {len(sequences)} documents) is shorter than one "
             f"sample of train.seq_length + 1 = {needed} tokens; use more data, another data.split, or shorter samples."
         )
+    source = str(Path(prefix).resolve())  # the same data by another path is the same data
     fingerprint = {
         "format": _CACHE_FORMAT,
-        "files": [_fingerprint(Path(f"{prefix}{ending}")) for ending in (".bin", ".idx")],
+        "files": [_fingerprint(Path(f"{source}{ending}")) for ending in (".bin", ".idx")],
         "part": part,
         "shares": list(shares),
         "tokenizer": tokenizer.sha256,
@@ -168,7 +169,7 @@ def _open(config: Config, tokenizer: Tokenizer, prefix: str, *, part: int, share
 
     def dataset(cache: Path) -> Any:
         settings = _gpt_dataset_config(config, tokenizer, cache, fingerprint)
-        return GPTDataset(indexed, prefix, sequences, None, (Split.train, Split.valid)[part], settings)
+        return GPTDataset(indexed, source, sequences, None, (Split.train, Split.valid)[part], settings)
 
     cache = _cache_root(config, prefix) / hashlib.sha256(json.dumps(fingerprint).encode()).hexdigest()[:24]
     if groups.where_am_i().rank == 0 and not cache.exists():
@@ -231,7 +232,7 @@ class _DatasetTokenizer:
 
 def _fingerprint(path: Path) -> list[int | str]:
     stat = path.stat()
-    return [path.name, stat.st_size, stat.st_mtime_ns]
+    return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 def _cache_root(config: Config, prefix: str) -> Path:

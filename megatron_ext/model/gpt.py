@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from megatron_ext.config.derived import padded_vocab_size
+from megatron_ext.config.derived import bucket_size, padded_vocab_size
 from megatron_ext.config.tree import Config
 from megatron_ext.model.init import initialize_weights
 from megatron_ext.model.spec import build_block_spec
@@ -62,7 +62,7 @@ def wrap_for_training(config: Config, chunks: list[Any]) -> Model:
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         check_for_nan_in_grad=False,  # training/step.py checks the norm, and says which samples it was
-        bucket_size=parallel.ddp_bucket_size or max(40_000_000, 1_000_000 * groups.where_am_i().data_size),
+        bucket_size=bucket_size(parallel),
         fp8_param_gather=config.precision.fp8_param_gather,
     )
     wrapped = [

@@ -66,7 +66,11 @@ def initialize_weights(
         # Rows that pad the vocabulary stay zero, so that what is drawn does not depend on the padding.
         drawn = whole[: model.vocab_size] if name in (_EMBEDDING, _OUTPUT) else whole
         drawn.normal_(0.0, std, generator=_generator(seed, name))
-        parameter.copy_(_shard(whole, name, axis, tensor_rank, tensor_size))
+        shard = _shard(whole, name, axis, tensor_rank, tensor_size)
+        parameter.copy_(shard)
+        if hasattr(parameter, "get_high_precision_init_val"):
+            # A weight kept in FP8 (fp8_param_gather): the optimizer takes its fp32 copy from here.
+            parameter.get_high_precision_init_val().copy_(shard)
 
 
 def named_parameters_globally(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -48,7 +48,8 @@ def uses_transformer_engine(config: Config) -> bool:
         )
     if problems:
         raise ConfigError(problems)
-    return there and wanted != "local"
+    # Its attention is 16-bit only, so fp32 means the local modules unless they were asked for by name.
+    return there and (wanted == "transformer_engine" or (wanted == "auto" and config.precision.dtype != "fp32"))
 
 
 def build_transformer_config(config: Config) -> TransformerConfig:
@@ -114,12 +115,14 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         # kernels: all need CUDA, and some need Transformer Engine or apex
         attention_backend=AttnBackend.auto,
         masked_softmax_fusion=False,
-        persist_layer_norm=engine,
+        persist_layer_norm=False,
         bias_activation_fusion=cuda,
         bias_dropout_fusion=cuda,
         apply_rope_fusion=engine,
-        cross_entropy_loss_fusion=engine,
-        cross_entropy_fusion_impl="te" if engine else "native",
+        # Megatron's fused cross-entropy returns bf16 gradients. Transformer Engine's (2.17.1) also keeps the softmax in
+        # the bf16 logits' buffer, where the gradient of a token at p = 0.999 rounds to 0.
+        cross_entropy_loss_fusion=cuda and dtype is torch.bfloat16,
+        cross_entropy_fusion_impl="native",
         gradient_accumulation_fusion=device.has_apex(),
     )
 

@@ -37,12 +37,12 @@ class _Exclude(torch.autograd.Function):
     """Overwrite the columns from `kept` on, in place: a masked copy of the logits would double the largest tensor."""
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, kept: int) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, logits: torch.Tensor, kept: int) -> torch.Tensor:
         ctx.mark_dirty(logits)
         logits[..., kept:] = _NEVER
         return logits
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         # The softmax is 0 there, and so is its gradient already.
         return gradient, None

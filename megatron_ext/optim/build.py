@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,9 +27,11 @@ def build_optimizer(config: Config, chunks: Sequence[Any]) -> Any:
         adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         adam_eps=settings.adam_eps,
-        clip_grad=settings.clip_grad,
+        # At 0 Megatron would not compute the norm, and a NaN in a gradient would pass unseen.
+        clip_grad=settings.clip_grad or math.inf,
         bf16=not fp32,
         params_dtype=torch.float32 if fp32 else torch.bfloat16,
+        fp8_recipe=config.precision.fp8_recipe if config.precision.dtype == "fp8" else None,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_ext.parallel import device
 
@@ -52,6 +53,9 @@ def _answer_device_queries() -> None:
 
 
 def _redirect_factories() -> None:
+    # `with torch.device("meta")` knows the factories by identity, from a set made at its first use. Made later, it
+    # would hold our wrappers in place of what they call, and transformers would build models with wrong tables.
+    _device_constructors()
     for factory in _FACTORIES:
         setattr(torch, factory, _on_cpu(getattr(torch, factory)))
     for holder in (torch.Tensor, torch.nn.Module):

@@ -94,19 +94,11 @@ def destroy() -> None:
     dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for all ranks."""
-    if device.is_cuda():
-        dist.barrier(device_ids=[device.current().index])
-    else:
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Run a block that may fail on some ranks so that it fails on all of them or on none.
 
-    Every rank enters it. A `MegapintsError` on any rank is raised on every rank when the block ends, so no rank
+    Every rank enters it. A `MegapintsError` (or an `OSError`, as one) on any rank is raised on every rank when the block ends, so no rank
     walks on into a collective that the failed one will never join.
     """
     error: MegapintsError | None = None
@@ -114,6 +106,8 @@ def together() -> Iterator[None]:
         yield
     except MegapintsError as raised:
         error = raised
+    except OSError as raised:
+        error = MegapintsError(f"{raised.filename or 'a file'}: {raised.strerror or raised}.")
     errors: list[MegapintsError | None] = gather_objects(error)
     for found in errors:
         if found is not None:
@@ -122,6 +116,8 @@ def together() -> Iterator[None]:
 
 def any_rank(flag: bool) -> bool:
     """Say whether the flag is set on at least one rank. Every rank calls it."""
+    if dist.get_world_size() == 1:
+        return flag
     found = torch.tensor([int(flag)], device=device.current())
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return bool(found.item())
@@ -194,13 +190,6 @@ def is_last_stage(chunk: int, num_chunks: int) -> bool:
 
     last = ps.get_pipeline_model_parallel_world_size() - 1
     return ps.get_pipeline_model_parallel_rank() == last and chunk == num_chunks - 1
-
-
-def reads_data() -> bool:
-    """Say whether this rank's stage needs a batch (the first for tokens, the last for labels)."""
-    from megatron.core import parallel_state as ps
-
-    return ps.get_pipeline_model_parallel_rank() in (0, ps.get_pipeline_model_parallel_world_size() - 1)
 
 
 def describe_ranks(places: Sequence[Place]) -> str:

@@ -58,6 +58,7 @@ def forward_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
             bare_chunks=chunks,
             optimizer=None,
             tokenizer_sha256="",
+            transformer_engine=False,
         ).load_weights(checkpoint)
         (gpt,) = chunks
         gpt.eval()

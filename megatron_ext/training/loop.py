@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from megatron_ext.checkpoint.save_load import Checkpoints
 from megatron_ext.config.tree import Config
 from megatron_ext.data.loader import Loader
+from megatron_ext.errors import TrainingError
 from megatron_ext.training.evaluate import evaluate
 from megatron_ext.training.metrics import Metrics
 from megatron_ext.training.state import TrainState, is_due
-from megatron_ext.training.step import Machine, train_step
+from megatron_ext.training.step import Machine, gathered_parameters, train_step
 from megatron_ext.training.stop import Stop
 
 
@@ -31,14 +32,18 @@ def train(run: Run, state: TrainState) -> str:
     """Train until there is a reason to stop, save, and say the reason. Every rank calls it.
 
     Raises:
-        TrainingError: the loss or gradient is not finite. Nothing is saved then.
+        TrainingError: the loss or gradient is not finite. Nothing of that is saved.
     """
     settings = run.config.train
     if settings.manual_gc_interval is not None:
         gc.disable()  # ranks that collect at different moments wait for each other
     run.metrics.begin(state)
     while (reason := run.stop.check(state)) is None:
-        result = train_step(run.machine, state)
+        try:
+            result = train_step(run.machine, state)
+        except TrainingError:
+            run.checkpoints.close()  # what was saved before is good, and may still be on its way to the disk
+            raise
         state.advance(result)
         run.metrics.count(state, result)
         run.checkpoints.poll()
@@ -47,8 +52,7 @@ def train(run: Run, state: TrainState) -> str:
         if run.valid_loader is not None and is_due(state, settings.eval_interval):
             run.metrics.log_eval(state, evaluate(run.machine, run.valid_loader))
         if is_due(state, run.config.checkpoint.save_interval):
-            run.checkpoints.save(state.progress())
-            run.metrics.log_checkpoint(state)
+            save(run, state)
         if is_due(state, settings.manual_gc_interval):
             gc.collect()
     finish(run, state, reason)
@@ -62,7 +66,13 @@ def finish(run: Run, state: TrainState, reason: str) -> None:
     if wants_eval and run.valid_loader is not None and done and not is_due(state, run.config.train.eval_interval):
         run.metrics.log_eval(state, evaluate(run.machine, run.valid_loader))
     if state.iteration not in (0, run.checkpoints.last_saved):  # something was trained since
-        run.checkpoints.save(state.progress())
-        run.metrics.log_checkpoint(state)
+        save(run, state)
     run.checkpoints.close()
     run.metrics.log_stop(state, reason)
+
+
+def save(run: Run, state: TrainState) -> None:
+    """Write a checkpoint of this state, or begin to."""
+    with gathered_parameters(run.machine):
+        run.checkpoints.save(state.progress())
+    run.metrics.log_checkpoint(state)

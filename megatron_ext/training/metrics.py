@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import time
+import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ext.config.load import to_toml
 from megatron_ext.config.tree import Config
+from megatron_ext.durable import write_whole
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.flops import flops_per_token
 from megatron_ext.parallel import device
@@ -204,8 +206,16 @@ def _start_wandb(config: Config, run_dir: Path) -> Any:
         name=config.name,
         dir=str(run_dir),
         config={"toml": to_toml(config)},
+        id=_wandb_id(run_dir),  # a resumed run goes on in the same one
         resume="allow",
     )
+
+
+def _wandb_id(run_dir: Path) -> str:
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        write_whole(path, uuid.uuid4().hex[:12])
+    return path.read_text()
 
 
 def _start_display(console: Any, config: Config, state: TrainState) -> tuple[Any, Any]:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 from megatron_ext.config.load import to_toml
@@ -49,6 +48,6 @@ def prepare(config: Config, *, world_size: int) -> None:
         source = Path(config.data.tokenizer)
         for name in _TOKENIZER_FILES:
             if (source / name).is_file() and source.resolve() != (directory / TOKENIZER).resolve():
-                shutil.copyfile(source / name, directory / TOKENIZER / name)
+                write_whole(directory / TOKENIZER / name, (source / name).read_bytes())
     except OSError as error:
         raise ConfigError(f"run_dir ({directory}): cannot be written ({error.strerror}); name another.") from None

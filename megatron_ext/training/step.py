@@ -5,6 +5,7 @@ Shapes: b micro batch, s sequence.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,8 @@ def train_step(machine: Machine, state: TrainState) -> StepResult:
     """Run one iteration. Every rank calls it.
 
     Raises:
-        TrainingError: the loss or the gradient norm is not finite; on every rank alike, before anything is saved.
+        TrainingError: the loss or the gradient norm is not finite; on every rank alike. The update was made with it, so
+            the state must not be saved.
     """
     config = machine.config
     samples = global_batch_size_at(config.train, state.consumed_samples)
@@ -63,24 +65,24 @@ def train_step(machine: Machine, state: TrainState) -> StepResult:
         chunk.zero_grad_buffer()
     machine.optimizer.zero_grad()
     batches = machine.loader.iteration(state.consumed_samples, global_batch_size=samples)
-    loss_sum, num_tokens = run_micro_batches(machine, batches, samples=samples, forward_only=False)
-    loss = loss_sum / num_tokens if num_tokens else math.nan
-    if not math.isfinite(loss):
-        raise TrainingError(_not_finite("loss", loss, machine, state, samples))
+    totals = run_micro_batches(machine, batches, samples=samples, forward_only=False)
     _, grad_norm, _ = machine.optimizer.step()
-    grad_norm = float(grad_norm)
-    if groups.any_rank(not math.isfinite(grad_norm)):
-        raise TrainingError(_not_finite("gradient norm", grad_norm, machine, state, samples))
+    # Read only now, so that the device does not wait between backward pass and update. Both are global sums, the same
+    # on every rank, so every rank raises or none does.
+    loss_sum, num_tokens = totals.tolist()
+    loss, grad_norm = loss_sum / num_tokens if num_tokens else math.nan, float(grad_norm)
+    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise TrainingError(_not_finite(what, value, machine, state, samples))
     return StepResult(loss, grad_norm, lr, samples, samples * config.train.seq_length)
 
 
-def run_micro_batches(
-    machine: Machine, batches: Iterator[Batch], *, samples: int, forward_only: bool
-) -> tuple[float, float]:
+def run_micro_batches(machine: Machine, batches: Iterator[Batch], *, samples: int, forward_only: bool) -> torch.Tensor:
     """Run Megatron's schedule over one global batch.
 
     Returns:
-        Sum of the token losses and number of tokens that count, over all ranks; the same on every rank.
+        [2] float64 on the device: the sum of the token losses and the number of tokens that count, over all ranks;
+        the same on every rank.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -101,8 +103,7 @@ def run_micro_batches(
         totals += store["loss"].double()
     if stores:
         groups.sum_over_data_ranks(totals)
-    loss_sum, num_tokens = groups.broadcast_from_last_stage(totals).tolist()
-    return loss_sum, num_tokens
+    return groups.broadcast_from_last_stage(totals)
 
 
 def forward_step(
@@ -131,6 +132,23 @@ def _masked_loss(
 
 def _no_loss(_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     raise AssertionError("only the last pipeline stage has a loss")
+
+
+@contextlib.contextmanager
+def gathered_parameters(machine: Machine) -> Iterator[None]:
+    """Let every rank hold the newest parameters, and keep them so, within the block.
+
+    With overlap_param_gather, what the last update did to the other ranks' shares only arrives with the next forward
+    pass. Whoever reads the parameters before it would find those of the iteration before.
+    """
+    chunks = machine.model.wrapped if machine.config.parallel.overlap_param_gather else []
+    for chunk in chunks:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            chunk.enable_forward_pre_hook()
 
 
 def _unwrap(chunk: Any) -> Any:

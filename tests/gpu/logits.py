@@ -60,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     """Print the comparison."""
     run, folder, file, *overrides = argv
     tokens = torch.from_numpy(np.load(file)).to(device.current())
-    ours = our_logits(Path(run), tokens, overrides)
     theirs, truth = (their_logits(Path(folder), tokens, dtype) for dtype in (torch.bfloat16, torch.float32))
+    ours = our_logits(Path(run), tokens, overrides)
     found = {
         name: {
             "error": float((logits - truth).norm() / truth.norm()),

@@ -32,11 +32,13 @@ GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 
 # The first node bears the machine's own name, so that rank 0 is found under its node's name as on a cluster.
 # cred_expire: a requeued job waits until its credential has expired, two minutes by default.
+# FirstJobId: rank 0's port follows from the job's number, and two clusters may share this machine (pytest -n 2).
 # config_overrides: a node has the CPUs that are written here, on a machine of one core too.
 CONFIGURATION = """
 ClusterName=megapints
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
+FirstJobId={ports[0]}00
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
