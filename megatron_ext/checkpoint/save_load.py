@@ -245,7 +245,8 @@ class Checkpoints:
                 f"{path}: saved with parallel.use_distributed_optimizer = {str(theirs != _UNSHARDED).lower()}, this "
                 "run has the other; use the same, or start anew with checkpoint.init_from."
             )
-        there, here = (_cut(c) for c in (description.config["parallel"], asdict(self._config.parallel)))
+        there = _cut(description.config["parallel"] | description.topology)
+        here = _cut(asdict(self._config.parallel))
         moved = [f"parallel.{name} {there[name]} -> {here[name]}" for name in here if there[name] != here[name]]
         if description.topology.get("transformer_engine", 0) != self._transformer_engine:
             # Their layers hold the same parameters in another order, and this format goes by order.
@@ -310,8 +311,8 @@ class Checkpoints:
 def _cut(parallel: dict[str, Any]) -> dict[str, Any]:
     """What decides how dp_reshardable optimizer state is cut: the stage's parameters, and their buckets."""
     sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-    buckets = {"ddp_bucket_size": bucket_size(ParallelConfig(**parallel))}
-    return {**{name: parallel[name] for name in sizes}, **buckets}
+    known = {name: parallel[name] for name in ParallelConfig.__dataclass_fields__ if name in parallel}
+    return {**{name: parallel[name] for name in sizes}, "ddp_bucket_size": bucket_size(ParallelConfig(**known))}
 
 
 def _identity(model: ModelConfig) -> dict[str, Any]:

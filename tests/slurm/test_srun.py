@@ -13,6 +13,7 @@ from tests.conftest import ROOT, Finished
 pytestmark = pytest.mark.slurm
 
 TP2 = ("--parallel.tensor_model_parallel_size", "2")
+WRONG = ("--model.num_attention_heads", "3")
 SCRIPT = "slurm/pretrain.sbatch"
 # fp32 sums in another order, as in tests/dist.
 TOLERANCE = 1e-5
@@ -72,17 +73,24 @@ def test_batch_script_over_two_nodes_trains_data_parallel(slurm, module_trainer,
     assert losses(run_dir) == pytest.approx(losses_of_one_process, rel=TOLERANCE)
 
 
-def test_wrong_config_is_told_once_though_rank_0_finds_it_last(slurm, module_trainer):
-    # Slurm ends all tasks at the first that fails: unless the others let rank 0 speak first, nobody says why.
+def test_wrong_config_fails_the_batch_job_and_is_told(slurm, module_trainer):
+    job = slurm.submit(
+        "--nodes=2", SCRIPT, str(module_trainer.config("wrong")), *WRONG,
+        log=module_trainer.work / "wrong.log", MEGAPINTS_PYTHON=sys.executable,
+    )  # fmt: skip
+    assert job.state == "FAILED"
+    assert "error: model.num_attention_heads (3) must divide" in job.log
+
+
+def test_wrong_config_is_told_though_rank_0_finds_it_last(slurm, module_trainer):
+    # Slurm ends all tasks at the first that fails: unless the others let rank 0 come first, nobody says why.
     python = module_trainer.work / "late_python"
     python.write_text(f'#!/bin/sh\n[ "$SLURM_PROCID" != 0 ] || sleep 1\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
-    job = slurm.submit(
-        "--nodes=2", SCRIPT, str(module_trainer.config("wrong")), "--model.num_attention_heads", "3",
-        log=module_trainer.work / "wrong.log", MEGAPINTS_PYTHON=str(python),
-    )  # fmt: skip
-    assert (job.state, job.exit_code) == ("FAILED", "2:0"), job.log
-    assert job.log.count("error: model.num_attention_heads") == 1
+    _, *command = module_trainer.command("wrong", *WRONG)
+    done = slurm.run("srun", "-N1", "-n2", "--kill-on-bad-exit=1", str(python), *command)
+    assert done.stderr.count("error: model.num_attention_heads (3) must divide") == 1, done.stderr
+    assert done.returncode == 2
 
 
 def test_bare_python_in_a_batch_script_is_one_process(slurm, module_trainer, losses_of_one_process):

@@ -40,7 +40,8 @@ class Trained(NamedTuple):
         for k in range(samples):
             sample = ValidationSamples()[k]
             with torch.no_grad():
-                logits = chunk(sample.tokens[None], torch.arange(SEQ_LENGTH)[None], None)[0].double()
+                padded = chunk(sample.tokens[None], torch.arange(SEQ_LENGTH)[None], None)[0].double()
+            logits = padded[:, : self.machine.config.model.vocab_size]
             losses = F.cross_entropy(logits, sample.labels, reduction="none")
             loss_sum += (losses * sample.loss_mask).sum().item()
             tokens += sample.loss_mask.sum().item()

@@ -48,7 +48,8 @@ def shrunk(built: Built) -> dict[str, float]:
     """What is left of each parameter after an update without gradient: (1 - lr x decay) where it is decayed."""
     before = built.weights()
     built.step()
-    return {name: (weight / before[name]).mean().item() for name, weight in built.weights().items()}
+    # The rows that pad the vocabulary are zero, and stay so.
+    return {name: (weight / before[name]).nanmean().item() for name, weight in built.weights().items()}
 
 
 @SHARDED

@@ -219,7 +219,7 @@ def test_save_describes_the_model_and_the_layout(build, tiny_config, tmp_path):
         config=found.config,
         optimizer_format="dp_reshardable",
         tokenizer_sha256=SHA256,
-        topology=ONE,
+        topology=ONE | {"transformer_engine": 0},
     )
 
 

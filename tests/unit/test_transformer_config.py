@@ -131,4 +131,10 @@ def test_fp8_before_hopper_is_refused(tiny_config, monkeypatch):
 @pytest.mark.parametrize(("implementation", "taken"), [("auto", True), ("transformer_engine", True), ("local", False)])
 def test_where_transformer_engine_is_there_the_setting_decides(implementation, taken, tiny_config, monkeypatch):
     monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
-    assert uses_transformer_engine(tiny_config("--model.transformer_impl", implementation)) is taken
+    config = tiny_config("--model.transformer_impl", implementation, "--precision.dtype", "bf16")
+    assert uses_transformer_engine(config) is taken
+
+
+def test_auto_in_fp32_means_the_local_modules_also_where_transformer_engine_is_there(tiny_config, monkeypatch):
+    monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
+    assert not uses_transformer_engine(tiny_config("--precision.dtype", "fp32"))
