@@ -12,7 +12,9 @@ This file is the table of contents; each step lives in megatron_ext/.
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from megatron_ext.config.checks import check_config, check_files
@@ -45,8 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MegapintsError as error:
         if launcher is None or launcher.local_rank == 0:  # once per node: a file may be missing on one of them
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        if launcher is not None and launcher.rank != 0:
+            let_rank_0_end_first()
         return EXIT_CODE
     return 0
+
+
+def let_rank_0_end_first() -> None:
+    """Wait for the launcher to end this rank, as it does when rank 0 fails; go on where only others failed.
+
+    srun, torchrun and mpiexec end all ranks at the first that fails: were this the first, those that found the
+    same a moment later would be ended before they could say so.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))
+    time.sleep(10)
 
 
 def raise_problems(problems: list[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_ext.data.batch import share_batch
+from megatron_ext.data.batch import cut_for_context_rank, share_batch
 
 
 @pytest.fixture
@@ -32,3 +32,25 @@ def test_batch_ids_are_int64_and_the_mask_float32(batch):
 
 def test_batch_positions_count_from_zero_in_every_sequence(batch):
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "positions"),
+    [
+        (0, 1, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (0, 2, [0, 1, 6, 7]),
+        (1, 2, [2, 3, 4, 5]),
+        (0, 4, [0, 7]),
+        (3, 4, [3, 4]),
+    ],
+)
+def test_context_rank_takes_an_early_chunk_and_a_late_one(rank, size, positions):
+    tokens = torch.arange(8).expand(3, 8)
+    assert cut_for_context_rank(tokens, rank, size).tolist() == [positions] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_context_ranks_have_equal_work_under_a_causal_mask(size):
+    # A position at place p attends to p + 1 others.
+    work = {int((cut_for_context_rank(torch.arange(24)[None], rank, size) + 1).sum()) for rank in range(size)}
+    assert work == {24 * 25 // 2 // size}

@@ -179,6 +179,21 @@ def test_weights_of_two_matrices_are_independent(whole):
     assert abs(correlation) < 5 / math.sqrt(first.numel())
 
 
+@pytest.mark.parametrize("name", ["embedding.word_embeddings.weight", "output_layer.weight"])
+def test_rows_that_pad_the_vocabulary_are_zero(name):
+    found = weights(Chunk(range(LAYERS)), model=model_config(vocab_size=29))[name]
+    assert found[:29].ne(0).all() and found[29:].eq(0).all()
+
+
+@pytest.mark.parametrize("name", ["embedding.word_embeddings.weight", "output_layer.weight"])
+def test_rows_of_the_vocabulary_do_not_depend_on_its_padding(name):
+    # 29 rows padded to 32 are drawn as 29 rows padded to nothing are.
+    chunk = Chunk(range(0))
+    chunk.embedding.word_embeddings, chunk.output_layer = Matrix(29, HIDDEN), Matrix(29, HIDDEN)
+    bare = weights(chunk, model=model_config(vocab_size=29))[name]
+    assert torch.equal(weights(Chunk(range(0)), model=model_config(vocab_size=29))[name][:29], bare)
+
+
 # --- tensor parallel ------------------------------------------------------------------------------------------
 
 
