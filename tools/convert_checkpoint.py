@@ -183,10 +183,11 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     from megatron_ext.data.tokenizer import Tokenizer, export_tokenizer
 
     reader = HfReader(arguments.load)
-    if arguments.make_vocab_size_divisible_by < 1:
-        raise CheckpointError(f"--make_vocab_size_divisible_by ({arguments.make_vocab_size_divisible_by}) must be above 0.")
+    multiple = arguments.make_vocab_size_divisible_by
+    if multiple < 1:
+        raise CheckpointError(f"--make_vocab_size_divisible_by ({multiple}) must be above 0.")
     model, notes = hf_llama.model_from_hf(reader.config, where=str(reader.config_path))
-    model = replace(model, make_vocab_size_divisible_by=arguments.make_vocab_size_divisible_by)
+    model = replace(model, make_vocab_size_divisible_by=multiple)
     reader.check_shapes(hf_llama.hf_shapes(model))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

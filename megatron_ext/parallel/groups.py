@@ -98,8 +98,8 @@ def destroy() -> None:
 def together() -> Iterator[None]:
     """Run a block that may fail on some ranks so that it fails on all of them or on none.
 
-    Every rank enters it. A `MegapintsError` (or an `OSError`, as one) on any rank is raised on every rank when the block ends, so no rank
-    walks on into a collective that the failed one will never join.
+    Every rank enters it. A `MegapintsError` (or an `OSError`, as one) on any rank is raised on every rank when the block
+    ends, so no rank walks on into a collective that the failed one will never join.
     """
     error: MegapintsError | None = None
     try:

@@ -17,7 +17,7 @@ from megatron_ext.config.tree import Config
 from megatron_ext.durable import write_whole
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.flops import flops_per_token
-from megatron_ext.parallel import device
+from megatron_ext.parallel import device, groups
 from megatron_ext.training.evaluate import EvalResult
 from megatron_ext.training.state import StepResult, TrainState
 
@@ -37,7 +37,7 @@ class Rates(NamedTuple):
 
 
 class Metrics:
-    """Collects and writes the figures of a run."""
+    """Collects and writes the figures of a run. Every rank makes one."""
 
     def __init__(self, config: Config, run_dir: Path, *, rank: int, world_size: int) -> None:
         self._config = config
@@ -53,8 +53,9 @@ class Metrics:
         self._wandb: Any = None
         self._display: Any = None
         self._task: Any = None
-        if self._active:
-            self._open(run_dir)
+        with groups.together():  # the others must not train on where rank 0 has no wandb, or cannot write
+            if self._active:
+                self._open(run_dir)
 
     def _open(self, run_dir: Path) -> None:
         _end_cut_line(run_dir / "metrics.jsonl")

@@ -20,6 +20,7 @@ from megatron_ext.training.evaluate import EvalResult
 from megatron_ext.training.metrics import Metrics
 from megatron_ext.training.state import StepResult, TrainState
 
+pytestmark = pytest.mark.usefixtures("one_process")
 WORLD_SIZE = 4
 NAMES = (
     "kind iteration consumed_samples consumed_tokens loss lr grad_norm global_batch_size iteration_seconds "
