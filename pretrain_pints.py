@@ -117,6 +117,7 @@ def run(config: Config, launch: Launch) -> None:
         transformer_engine=uses_transformer_engine(config),
     )
     state = starting_state(config, checkpoints)
+    report_start(config, place, data, state)
     with groups.together():  # only now: a start that was refused leaves the run's description alone
         if place.rank == 0:
             run_dir.prepare(config, world_size=place.world_size)
@@ -125,7 +126,6 @@ def run(config: Config, launch: Launch) -> None:
     valid_loader = Loader(data.valid, place, **shape) if data.valid else None
     machine = Machine(config=config, place=place, model=model, optimizer=optimizer, loader=loader)
     metrics = Metrics(config, directory, rank=place.rank, world_size=place.world_size)
-    report_start(config, place, data, state)
     try:
         train(
             Run(

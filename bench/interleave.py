@@ -28,7 +28,7 @@ class Comparison(NamedTuple):
     highest: float
 
 
-def compare(first: Build, second: Build, *, rounds: int, units: int, warmup: int = 3) -> Comparison:
+def compare(first: Build, second: Build, *, rounds: int, units: int, warmup: int = 1) -> Comparison:
     """Let two implementations take turns and compare their CPU time per unit of work.
 
     Args:

@@ -160,9 +160,7 @@ def train_tokenizer(
     outside = Regex("[^" + "".join(f"\\x{{{ord(char):X}}}" for char in alphabet) + "]")
     trainee = Tokenizer(models.BPE(unk_token=UNK, fuse_unk=True, byte_fallback=True))
     trainee.normalizer = normalizer
-    trainee.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(outside, behavior="removed"), words]
-    )
+    trainee.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(outside, behavior="removed"), words])
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(APPENDED),
         min_frequency=2,
@@ -320,13 +318,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(required=True, metavar="{train,pints}")
     train = commands.add_parser("train", help="learn a BPE vocabulary from text")
-    train.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help="JSON Lines (*.jsonl) or plain text"
-    )
+    train.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines (*.jsonl) or plain text")
     train.add_argument("--json-key", default="text", metavar="KEY", help="key of the text (default: text)")
-    train.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="all ids, special ones included"
-    )
+    train.add_argument("--vocab-size", type=int, required=True, metavar="N", help="all ids, special ones included")
     train.add_argument("--output", required=True, metavar="FOLDER", help="tokenizer folder to write")
     train.add_argument(
         "--limit-alphabet", type=int, metavar="N",
@@ -334,9 +328,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "they make up 99.95%% of the text)",
     )  # fmt: skip
     train.set_defaults(run=run_train)
-    pints = commands.add_parser(
-        "pints", help="derive 1.5-Pints' 32,064 tokens from Mistral-7B-v0.1's tokenizer.json"
-    )
+    pints = commands.add_parser("pints", help="derive 1.5-Pints' 32,064 tokens from Mistral-7B-v0.1's tokenizer.json")
     pints.add_argument("--base", required=True, metavar="FILE", help="tokenizer.json of Mistral-7B-v0.1")
     pints.add_argument("--output", required=True, metavar="FOLDER", help="tokenizer folder to write")
     pints.set_defaults(run=run_pints)

@@ -152,9 +152,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, None: stored}[arguments.dtype]
     print(f"{checkpoint}: iteration {description.iteration}, {description.consumed_tokens:,} tokens")
     if description.iteration == 0:
-        origin = (
-            "weights taken from elsewhere" if not description.config else "the run's random initial weights"
-        )
+        origin = "weights taken from elsewhere" if not description.config else "the run's random initial weights"
         print(f"warning: iteration 0: these are {origin}; nothing was trained here.", file=sys.stderr)
     with _aside(target) as folder:
         with _progress("exporting", hf_convert.export_bytes(model, dtype)) as advance:
@@ -167,9 +165,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
             print(agreement.text)
             if not agreement.good:
                 rejected = _keep_rejected(folder, target)
-                print(
-                    f"error: the logits differ; the folder is not published, see {rejected}.", file=sys.stderr
-                )
+                print(f"error: the logits differ; the folder is not published, see {rejected}.", file=sys.stderr)
                 return EXIT_MISMATCH
     print(f"{target}: {_name(dtype)}, {sum(p.stat().st_size for p in target.iterdir()):,} bytes")
     return 0
@@ -194,14 +190,10 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     with _aside(target) as folder:
         sha256 = None
         if (arguments.load / "tokenizer.json").exists():
-            export_tokenizer(
-                arguments.load, folder / "tokenizer", model_max_length=model.max_position_embeddings
-            )
+            export_tokenizer(arguments.load, folder / "tokenizer", model_max_length=model.max_position_embeddings)
             sha256 = Tokenizer.load(folder / "tokenizer").sha256
         else:
-            print(
-                f"warning: {arguments.load}: no tokenizer.json, so the run has no tokenizer.", file=sys.stderr
-            )
+            print(f"warning: {arguments.load}: no tokenizer.json, so the run has no tokenizer.", file=sys.stderr)
         with _progress("importing", hf_convert.import_bytes(reader, model)) as advance:
             hf_convert.import_folder(reader, model, folder, tokenizer_sha256=sha256, on_bytes=advance)
     print(f"{target / layout.CHECKPOINTS / layout.directory_name(0)}: weights of {arguments.load}")
@@ -211,9 +203,7 @@ def _from_hf(arguments: argparse.Namespace) -> int:
 # --- parts of an export -------------------------------------------------------------------------------------
 
 
-def _tokenizer_for(
-    model: ModelConfig, given: Path | None, checkpoint: Path, trained_sha256: str | None
-) -> Tokenizer:
+def _tokenizer_for(model: ModelConfig, given: Path | None, checkpoint: Path, trained_sha256: str | None) -> Tokenizer:
     """Load the tokenizer to export, and check that it is the one the model was trained with."""
     from megatron_ext.checkpoint import layout
     from megatron_ext.data.tokenizer import Tokenizer
@@ -276,8 +266,7 @@ def _require_for_verify() -> None:
     missing = [name for name in ("transformers", "megatron") if find_spec(name) is None]
     if missing:
         raise CheckpointError(
-            f"--verify needs {' and '.join(missing)}, not installed here; "
-            "install requirements.txt or leave it out."
+            f"--verify needs {' and '.join(missing)}, not installed here; install requirements.txt or leave it out."
         )
 
 

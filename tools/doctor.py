@@ -106,9 +106,7 @@ def run_check(part: Part) -> Check:
         reason = _first_line(str(error))
         found = reason if isinstance(error, Unfit) else f"{type(error).__name__}: {reason}"
         status, mend = "broken", part.mend
-    return Check(
-        name=part.name, required=part.required, status=status, found=found, gives=part.gives, mend=mend
-    )
+    return Check(name=part.name, required=part.required, status=status, found=found, gives=part.gives, mend=mend)
 
 
 def parts() -> list[Part]:

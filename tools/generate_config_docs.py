@@ -73,9 +73,7 @@ def _table(cls: type, rows: Sequence[Field[Any]], docstrings: dict[tuple[str, st
     lines = ["| field | type | default | |", "|---|---|---|---|"]
     for field in rows:
         meaning = " ".join(docstrings[cls.__name__, field.name].split()).replace("|", "\\|")
-        lines.append(
-            f"| `{field.name}` | {expected_type(hints[field.name])} | {_default(field)} | {meaning} |"
-        )
+        lines.append(f"| `{field.name}` | {expected_type(hints[field.name])} | {_default(field)} | {meaning} |")
     return "\n".join([*lines, ""])
 
 
@@ -99,12 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "  python tools/generate_config_docs.py            write docs/CONFIG.md\n"
         "  python tools/generate_config_docs.py --check    exit with 1 if docs/CONFIG.md is stale",
     )
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit with 1 if the file is stale"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=_TARGET, metavar="FILE", help="default: docs/CONFIG.md"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the file is stale")
+    parser.add_argument("--output", type=Path, default=_TARGET, metavar="FILE", help="default: docs/CONFIG.md")
     arguments = parser.parse_args(argv)
     text = render()
     try:

@@ -52,9 +52,7 @@ class Sample(NamedTuple):
     """`[s]` True where the position counts in the loss."""
 
 
-def take_samples(
-    file: IndexedFile, *, seq_length: int, samples: int, masked_input: int | None
-) -> Iterator[Sample]:
+def take_samples(file: IndexedFile, *, seq_length: int, samples: int, masked_input: int | None) -> Iterator[Sample]:
     """Cut samples out of the file, evenly spread over it, without overlap as long as there are enough.
 
     Args:
@@ -221,9 +219,7 @@ def _masked_input(tokenizer: Tokenizer | None, manifest: Manifest | None) -> int
         return tokenizer.eod
     if manifest is not None:
         return manifest.tokenizer.eod
-    raise DataError(
-        "--eod-mask-loss: this data has no manifest to say which id ends a document; give --tokenizer."
-    )
+    raise DataError("--eod-mask-loss: this data has no manifest to say which id ends a document; give --tokenizer.")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:

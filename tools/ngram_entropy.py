@@ -52,9 +52,7 @@ def ngram_entropy(train: Sequence[np.ndarray], valid: Sequence[np.ndarray], *, v
     place = np.minimum(np.searchsorted(pairs, scored), len(pairs) - 1)
     seen = np.where(pairs[place] == scored, pair_counts[place], 0)
     total = after[before] + followers[before]
-    bigram = np.where(
-        total > 0, (seen + followers[before] * unigram[token]) / np.maximum(total, 1), unigram[token]
-    )
+    bigram = np.where(total > 0, (seen + followers[before] * unigram[token]) / np.maximum(total, 1), unigram[token])
     return NgramEntropy(float(-np.log(unigram[token]).mean()), float(-np.log(bigram).mean()), len(scored))
 
 

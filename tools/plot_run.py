@@ -56,9 +56,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run directory or metrics.jsonl")
-    parser.add_argument(
-        "--output", metavar="PNG", type=Path, help="file to write (default: plot.png in the only RUN)"
-    )
+    parser.add_argument("--output", metavar="PNG", type=Path, help="file to write (default: plot.png in the only RUN)")
     parser.add_argument(
         "--x", choices=("tokens", "iteration"), default="tokens", help="horizontal axis (default: tokens)"
     )
@@ -338,9 +336,7 @@ def write_png(figure: Figure, path: Path) -> None:
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another --output"
-        ) from None
+        raise DataError(f"{path}: cannot be written ({error.strerror or error}); choose another --output") from None
 
 
 if __name__ == "__main__":

@@ -202,9 +202,7 @@ def _read_lines(chunk: Chunk) -> list[bytes]:
         file.seek(chunk.start)
         content = file.read(chunk.end - chunk.start)
     if len(content) != chunk.end - chunk.start:
-        raise DataError(
-            f"{chunk.path}: became shorter while it was read; run again when nothing writes to it."
-        )
+        raise DataError(f"{chunk.path}: became shorter while it was read; run again when nothing writes to it.")
     return content.split(b"\n")
 
 
@@ -270,9 +268,7 @@ class Joiner(NamedTuple):
         skipped = 0
         for result in results:
             if result.problems and not self.skip_errors:
-                raise DataError(
-                    f"{result.problems[0]} Mend it, or leave such records out with --on-error skip."
-                )
+                raise DataError(f"{result.problems[0]} Mend it, or leave such records out with --on-error skip.")
             for problem in result.problems[: max(SHOWN_SKIPS - skipped, 0)]:
                 self.progress.note(f"skipped: {problem}")
             skipped += len(result.problems)
@@ -384,9 +380,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
             raise DataError(f"--input {path}: is packed; unpack it to JSON Lines first.")
     for key in args.json_keys:
         if "/" in key or args.json_keys.count(key) > 1:
-            raise DataError(
-                f"--json-keys {key!r}: must be given once and hold no '/', for files are named after it."
-            )
+            raise DataError(f"--json-keys {key!r}: must be given once and hold no '/', for files are named after it.")
     if args.prepend_bos and _tokenizer(args.tokenizer).bos is None:
         raise DataError(f"--prepend-bos: {args.tokenizer} names no bos_token; leave the option out.")
     return Plan(

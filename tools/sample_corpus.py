@@ -329,9 +329,7 @@ def run(args: argparse.Namespace) -> dict[Path, Count]:
     counts: dict[Path, Count] = {}
     for source, documents in (("prose", prose_documents(files)), ("code", code_documents(files))):
         chosen = select(documents, max_bytes=max_bytes, prose=source == "prose")
-        counts |= write_source(
-            chosen, source, folder, valid_fraction=args.valid_fraction, max_bytes=max_bytes
-        )
+        counts |= write_source(chosen, source, folder, valid_fraction=args.valid_fraction, max_bytes=max_bytes)
     if not any(count.documents for count in counts.values()):
         raise DataError(f"{', '.join(map(str, roots.values()))}: hold no text that could be used.")
     return counts

@@ -118,9 +118,7 @@ class CheckpointReader:
             CheckpointError: there is no such tensor, or its data is missing, cut short or damaged.
         """
         if key not in self.tensors:
-            raise CheckpointError(
-                f"{self.directory}: holds no tensor {key}; it is not a checkpoint of this model."
-            )
+            raise CheckpointError(f"{self.directory}: holds no tensor {key}; it is not a checkpoint of this model.")
         shape, dtype = self.tensors[key]
         if layer is None:
             wanted = ChunkStorageMetadata(offsets=torch.Size([0] * len(shape)), sizes=torch.Size(shape))
@@ -138,9 +136,7 @@ class CheckpointReader:
         except (OSError, RuntimeError, EOFError, ValueError, AssertionError, pickle.UnpicklingError) as error:
             files = sorted({self._part(item)[0] for item in items})
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{self.directory}: {key}: damaged data in {', '.join(files)} ({reason})."
-            ) from None
+            raise CheckpointError(f"{self.directory}: {key}: damaged data in {', '.join(files)} ({reason}).") from None
         return target if layer is None else target[0]
 
     def _check_parts(self, key: str, items: list[ReadItem], numel: int) -> None:
@@ -159,17 +155,13 @@ class CheckpointReader:
                 raise CheckpointError(f"{file}: missing; the checkpoint is incomplete, use another.")
             size = file.stat().st_size
             if size < end:
-                raise CheckpointError(
-                    f"{file}: cut short ({size} bytes, {end} needed); use another checkpoint."
-                )
+                raise CheckpointError(f"{file}: cut short ({size} bytes, {end} needed); use another checkpoint.")
 
     def _part(self, item: ReadItem) -> tuple[str, int]:
         """Name the file that holds a part, and the byte at which the part ends."""
         info = self._storage.storage_data.get(item.storage_index)
         if info is None:
-            raise CheckpointError(
-                f"{self.directory / METADATA}: does not say where {item.storage_index.fqn} lies."
-            )
+            raise CheckpointError(f"{self.directory / METADATA}: does not say where {item.storage_index.fqn} lies.")
         return str(info.relative_path), int(info.offset) + int(info.length)
 
 
@@ -193,8 +185,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise CheckpointError(
-            f"holds a foreign object ({module}.{name}), which loading could let run code; "
-            "do not trust this checkpoint."
+            f"holds a foreign object ({module}.{name}), which loading could let run code; do not trust this checkpoint."
         )
 
 
@@ -354,9 +345,7 @@ class _StreamingSavePlanner(SavePlanner):
         if request.layer is not None:
             tensor = tensor.unsqueeze(0)
         expected = (self._chunk(request).sizes, info.dtype)
-        assert (tensor.shape, tensor.dtype) == expected, (
-            f"{request}: {tensor.shape}, {tensor.dtype}, not {expected}"
-        )
+        assert (tensor.shape, tensor.dtype) == expected, f"{request}: {tensor.shape}, {tensor.dtype}, not {expected}"
         return tensor.contiguous()
 
     def _chunk(self, request: WriteRequest) -> ChunkStorageMetadata:

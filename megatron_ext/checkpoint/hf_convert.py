@@ -29,9 +29,7 @@ def model_of(description: CheckpointDescription, *, where: Path) -> ModelConfig:
     try:
         return ModelConfig(**description.model)
     except TypeError as error:
-        raise CheckpointError(
-            f"{where / layout.DESCRIPTION}: its model is of another version ({error})."
-        ) from None
+        raise CheckpointError(f"{where / layout.DESCRIPTION}: its model is of another version ({error}).") from None
 
 
 def stored_dtype(reader: CheckpointReader, model: ModelConfig) -> torch.dtype:

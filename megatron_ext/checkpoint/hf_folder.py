@@ -70,8 +70,7 @@ class HfReader:
             elif self.tensors[name].shape != shape:
                 found = list(self.tensors[name].shape)
                 problems.append(
-                    f"{self.tensors[name].file}: {name} has shape {found}; "
-                    f"by config.json it is {list(shape)}."
+                    f"{self.tensors[name].file}: {name} has shape {found}; by config.json it is {list(shape)}."
                 )
         problems += [f"{self.folder}: tensor {name} is not known here." for name in self.unknown(expected)]
         if problems:
@@ -172,15 +171,11 @@ def _read_header(file: Path) -> dict[str, HfTensor]:
             raise CheckpointError(f"{file}: damaged header at tensor {name}.") from None
         dtype = _DTYPES.get(dtype_name)
         if dtype is None:
-            raise CheckpointError(
-                f"{file}: {name} has type {dtype_name}; it must be one of {', '.join(_DTYPES)}."
-            )
+            raise CheckpointError(f"{file}: {name} has type {dtype_name}; it must be one of {', '.join(_DTYPES)}.")
         if end - begin != math.prod(shape) * dtype.itemsize or begin < 0:
             raise CheckpointError(f"{file}: damaged header at tensor {name} (size and shape differ).")
         if 8 + length + end > size:
-            raise CheckpointError(
-                f"{file}: cut short ({size} bytes, {8 + length + end} needed); get it again."
-            )
+            raise CheckpointError(f"{file}: cut short ({size} bytes, {8 + length + end} needed); get it again.")
         tensors[name] = HfTensor(file, dtype, shape, 8 + length + begin)
     return tensors
 
@@ -230,9 +225,7 @@ class HfWriter:
         assert self._stream is not None
         expected = self._shards[self._shard][self._next]
         assert name == expected, f"tensor {name} comes where {expected} was planned"
-        assert tuple(tensor.shape) == self._shapes[name], (
-            f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
-        )
+        assert tuple(tensor.shape) == self._shapes[name], f"{name}: {tuple(tensor.shape)}, not {self._shapes[name]}"
         raw = tensor.to(self._dtype).contiguous().view(torch.uint8).flatten()
         remaining = raw.numpy().data
         while remaining:  # one write(2) moves at most 2 GiB
@@ -270,9 +263,7 @@ class HfWriter:
 
     def _write_index(self) -> None:
         numel = sum(math.prod(shape) for shape in self._shapes.values())
-        weight_map = {
-            name: self._file_name(shard) for shard, names in enumerate(self._shards) for name in names
-        }
+        weight_map = {name: self._file_name(shard) for shard, names in enumerate(self._shards) for name in names}
         index = {
             "metadata": {"total_parameters": numel, "total_size": numel * self._dtype.itemsize},
             "weight_map": weight_map,

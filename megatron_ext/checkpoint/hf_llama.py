@@ -106,9 +106,7 @@ def model_from_hf(config: Mapping[str, Any], *, where: str) -> HfModel:
     """
     fields = _Fields(config, architecture=_architecture(config, where), where=where)
     hidden_size, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    groups = (
-        heads if fields.values.get("num_key_value_heads") is None else fields.integer("num_key_value_heads")
-    )
+    groups = heads if fields.values.get("num_key_value_heads") is None else fields.integer("num_key_value_heads")
     if heads % groups:
         fields.refuse(f"num_key_value_heads ({groups}) must divide num_attention_heads ({heads}).")
     head_dim = None if fields.values.get("head_dim") is None else fields.integer("head_dim")
@@ -202,9 +200,7 @@ def _read_rope(fields: _Fields) -> tuple[float, float | None]:
         return 1.0, None
     bases = [base for base in (parameters.get("rope_theta"), values.get("rope_theta")) if base is not None]
     if len(bases) == 2 and bases[0] != bases[1]:
-        fields.refuse(
-            f"rope_theta ({bases[1]}) and rope_parameters.rope_theta ({bases[0]}) differ; remove one."
-        )
+        fields.refuse(f"rope_theta ({bases[1]}) and rope_parameters.rope_theta ({bases[0]}) differ; remove one.")
     base = fields.positive("rope_theta", bases[0]) if bases else _DEFAULT_ROTARY_BASE
     rope = {**scaling, **parameters}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -215,9 +211,7 @@ def _read_rope(fields: _Fields) -> tuple[float, float | None]:
         return base, None
     for name, built_in in _LLAMA3_SCALING.items():
         if rope.get(name) != built_in:
-            fields.refuse(
-                f"{name} of llama3 scaling ({rope.get(name)}) must be {built_in:g}, as in Megatron."
-            )
+            fields.refuse(f"{name} of llama3 scaling ({rope.get(name)}) must be {built_in:g}, as in Megatron.")
     return base, fields.positive("factor of llama3 scaling", rope.get("factor"))
 
 
@@ -286,9 +280,7 @@ def pieces(model: ModelConfig) -> list[Piece]:
     listed = [Piece(EMBEDDING, None, ("model.embed_tokens.weight",))]
     for layer in range(model.num_layers):
         for key, modules in _LAYER_NAMES:
-            listed.append(
-                Piece(key, layer, tuple(f"model.layers.{layer}.{module}.weight" for module in modules))
-            )
+            listed.append(Piece(key, layer, tuple(f"model.layers.{layer}.{module}.weight" for module in modules)))
     listed.append(Piece(FINAL_NORM, None, ("model.norm.weight",)))
     if not model.share_embeddings_and_output_weights:
         listed.append(Piece(OUTPUT, None, ("lm_head.weight",)))
@@ -331,9 +323,7 @@ def hf_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
         FC2: ((h, f),),
     }
     return {
-        name: shape
-        for piece in pieces(model)
-        for name, shape in zip(piece.hf_names, by_key[piece.key], strict=True)
+        name: shape for piece in pieces(model) for name, shape in zip(piece.hf_names, by_key[piece.key], strict=True)
     }
 
 
@@ -371,9 +361,7 @@ def from_hf(piece: Piece, tensors: Sequence[torch.Tensor], model: ModelConfig) -
     return tensor
 
 
-def merge_qkv(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig
-) -> torch.Tensor:
+def merge_qkv(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     """Interleave query [nd, h], key [gd, h] and value [gd, h] by query group into [g(r+2)d, h]."""
     g, h = model.num_query_groups, model.hidden_size
     grouped = [part.reshape(g, -1, h) for part in (query, key, value)]

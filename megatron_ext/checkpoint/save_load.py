@@ -271,9 +271,7 @@ class Checkpoints:
         except TypeError as error:
             raise CheckpointError(f"{path}: its model is of another version of megapints ({error}).") from None
         there, here = _identity(theirs), _identity(self._config.model)
-        differing = [
-            f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]
-        ]
+        differing = [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
         shaping = [line for line in differing if not line.startswith(_MEANING)]
         if shaping or (meaning and differing):
             raise CheckpointError(f"{path}: of another model: {'; '.join(differing)}.")

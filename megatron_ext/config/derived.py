@@ -34,11 +34,7 @@ def padded_vocab_size(model: ModelConfig) -> int:
 
 def model_parallel_size(parallel: ParallelConfig) -> int:
     """Return the ranks that hold one replica of the model: tp x pp x cp."""
-    return (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def bucket_size(parallel: ParallelConfig) -> int | None:

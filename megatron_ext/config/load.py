@@ -88,8 +88,7 @@ def parse_command_line(argv: Sequence[str], *, prog: str, description: str) -> C
             print(_program_help(prog, description))
             raise SystemExit(0)
         raise ConfigError(
-            f"CONFIG is missing; name a TOML file or a bundled config ({_bundled_list()}), "
-            f"or see {prog} --help."
+            f"CONFIG is missing; name a TOML file or a bundled config ({_bundled_list()}), or see {prog} --help."
         )
     path = find_config(name)
     defaults = _Options(config=_read(path))
@@ -288,9 +287,7 @@ def _override(cls: type[_T], default: _T, words: Sequence[str]) -> _T:
             name, negated = f"{section}{dot}{leaf.removeprefix('no_')}", True
         if name not in known:
             same = [f"--{other}" for other in known if other.rpartition(".")[2] == leaf]
-            close = (
-                f" did you mean {same[0]}?" if same else _did_you_mean(f"--{name}", [f"--{n}" for n in known])
-            )
+            close = f" did you mean {same[0]}?" if same else _did_you_mean(f"--{name}", [f"--{n}" for n in known])
             problems.append(f"command line: --{option}: unknown option;{close or ' --help lists them all.'}")
         elif name in overrides:
             problems.append(f"command line: --{option}: given twice; give it once.")

@@ -25,9 +25,7 @@ def micro_batch_samples(
     stride = micro_batch_size * data_size
     assert global_batch_size % stride == 0, (global_batch_size, micro_batch_size, data_size)
     start = first + data_rank * micro_batch_size
-    return [
-        range(at, at + micro_batch_size) for at in range(start, start + global_batch_size, stride)
-    ]
+    return [range(at, at + micro_batch_size) for at in range(start, start + global_batch_size, stride)]
 
 
 class Loader:

@@ -120,8 +120,7 @@ def _typed(content: object, record: type, path: Path, skip: tuple[str, ...] = ()
         kind = wanted[str(field.type)]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise DataError(
-                f"{path}: '{field.name}' is {value!r}, must be of type {kind.__name__}; "
-                "preprocess this data again."
+                f"{path}: '{field.name}' is {value!r}, must be of type {kind.__name__}; preprocess this data again."
             )
         values[field.name] = value
     return values

@@ -213,9 +213,7 @@ def _read_bytes(path: Path) -> bytes:
         if not path.parent.is_dir():
             problem = f"{path.parent}: no such folder; must be a tokenizer folder (with a tokenizer.json)."
         elif isinstance(error, FileNotFoundError):
-            problem = (
-                f"{path}: missing; a tokenizer folder must hold one (tokenizer.model alone will not do)."
-            )
+            problem = f"{path}: missing; a tokenizer folder must hold one (tokenizer.model alone will not do)."
         else:
             problem = f"{path}: cannot be read ({error.strerror})."
         raise DataError(problem) from error

@@ -30,9 +30,7 @@ def build_block_spec(transformer: TransformerConfig, *, transformer_engine: bool
         return _local_block_spec(transformer, chunk)
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-    return get_gpt_decoder_block_spec(
-        transformer, use_transformer_engine=True, normalization="RMSNorm", vp_stage=chunk
-    )
+    return get_gpt_decoder_block_spec(transformer, use_transformer_engine=True, normalization="RMSNorm", vp_stage=chunk)
 
 
 def _local_block_spec(transformer: TransformerConfig, chunk: int) -> TransformerBlockSubmodules:

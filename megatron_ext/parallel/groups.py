@@ -98,8 +98,8 @@ def destroy() -> None:
 def together() -> Iterator[None]:
     """Run a block that may fail on some ranks so that it fails on all of them or on none.
 
-    Every rank enters it. A `MegapintsError` (or an `OSError`, as one) on any rank is raised on every rank when the block
-    ends, so no rank walks on into a collective that the failed one will never join.
+    Every rank enters it. A `MegapintsError` (or an `OSError`, as one) on any rank is raised on every rank when the
+    block ends, so no rank walks on into a collective that the failed one will never join.
     """
     error: MegapintsError | None = None
     try:
@@ -157,9 +157,7 @@ def broadcast_over_tensor_ranks(values: torch.Tensor) -> torch.Tensor:
     from megatron.core import parallel_state as ps
 
     if ps.get_tensor_model_parallel_world_size() > 1:
-        dist.broadcast(
-            values, src=ps.get_tensor_model_parallel_src_rank(), group=ps.get_tensor_model_parallel_group()
-        )
+        dist.broadcast(values, src=ps.get_tensor_model_parallel_src_rank(), group=ps.get_tensor_model_parallel_group())
     return values
 
 

@@ -396,8 +396,4 @@ def _usable_cores() -> int:
 def recorded_environment(environment: Mapping[str, str] | None = None) -> dict[str, str]:
     """Pick the variables that bear on a run, for its record; names that look like secrets are left out."""
     source = os.environ if environment is None else environment
-    return {
-        name: value
-        for name, value in sorted(source.items())
-        if _RECORDED.match(name) and not _SECRET.search(name)
-    }
+    return {name: value for name, value in sorted(source.items()) if _RECORDED.match(name) and not _SECRET.search(name)}

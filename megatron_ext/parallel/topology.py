@@ -50,9 +50,7 @@ class Topology:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one replica of the model."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def data_parallel_size(self) -> int:

@@ -134,9 +134,7 @@ def _layout(config: Config, topology: Topology) -> Iterator[str]:
     for stage in range(stages):
         layers = layers_of_stage(config.model.num_layers, stages, chunks, stage)
         first = stage * per_stage
-        rows.append(
-            (str(stage), _span(first, per_stage), ", ".join(_span(run.start, len(run)) for run in layers))
-        )
+        rows.append((str(stage), _span(first, per_stage), ", ".join(_span(run.start, len(run)) for run in layers)))
     yield from _table(rows, "><<")
     if topology.world_size > _LONGEST_RANK_TABLE:
         sharing = topology.tensor_model_parallel_size * topology.context_parallel_size

@@ -64,9 +64,7 @@ def forward_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
         gpt.eval()
         position_ids = torch.arange(tokens.size(1), device=device.current()).unsqueeze(0)
         # One sequence at a time: logits are the largest tensor of a small model.
-        rows = [
-            gpt(row.unsqueeze(0).to(device.current()), position_ids, None).float().cpu() for row in tokens
-        ]
+        rows = [gpt(row.unsqueeze(0).to(device.current()), position_ids, None).float().cpu() for row in tokens]
     return torch.cat(rows)[..., : model.vocab_size]
 
 

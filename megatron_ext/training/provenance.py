@@ -53,9 +53,7 @@ def _git(root: Path, *arguments: str) -> str | None:
     # whose code this is was settled when it was started. fsmonitor off: a query must not start a daemon.
     command = ["git", "-c", f"safe.directory={root.resolve()}", "-c", "core.fsmonitor=false", *arguments]
     try:
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True
-        )
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

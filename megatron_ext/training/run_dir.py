@@ -1,9 +1,9 @@
 """The run directory: what a run leaves of itself besides checkpoints.
 
-    RUN/config.toml        the resolved configuration of the newest start
-    RUN/environment.json   code revision, versions, machine of the newest start
-    RUN/tokenizer/         the tokenizer that the data was made with
-    RUN/log.txt  metrics.jsonl  tensorboard/  checkpoints/
+RUN/config.toml        the resolved configuration of the newest start
+RUN/environment.json   code revision, versions, machine of the newest start
+RUN/tokenizer/         the tokenizer that the data was made with
+RUN/log.txt  metrics.jsonl  tensorboard/  checkpoints/
 """
 
 from __future__ import annotations

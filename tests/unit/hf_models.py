@@ -32,9 +32,7 @@ def save_random_model(
     torch.manual_seed(5)
     values = {**SHAPE, **changes}
     shard = values.pop("max_shard_size", "5GB")
-    model = (
-        MistralForCausalLM(MistralConfig(**values)) if mistral else LlamaForCausalLM(LlamaConfig(**values))
-    )
+    model = MistralForCausalLM(MistralConfig(**values)) if mistral else LlamaForCausalLM(LlamaConfig(**values))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:

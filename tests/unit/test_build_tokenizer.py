@@ -106,11 +106,7 @@ def test_train_decoding_gives_the_text_back(small: Tokenizer, text: str) -> None
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    text=st.lists(st.sampled_from(["bake", "mino ", " ", "\n", "12", "(", "é", ".", "  ", "日", "_"])).map(
-        "".join
-    )
-)
+@given(text=st.lists(st.sampled_from(["bake", "mino ", " ", "\n", "12", "(", "é", ".", "  ", "日", "_"])).map("".join))
 def test_train_decoding_gives_mixed_text_back(small: Tokenizer, text: str) -> None:
     assert small.decode(small.encode(text)) == text
 
@@ -171,9 +167,7 @@ def test_train_wrong_option_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_train_bad_record_is_refused_with_its_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_bad_record_is_refused_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text('{"text": "a"}\n{"txt": "a"}\n')
     options = ["--input", str(path), "--vocab-size", "700", "--output", str(tmp_path / "out")]
@@ -189,9 +183,7 @@ def built_pints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_shared
-@pytest.mark.parametrize(
-    "part", ["added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"]
-)
+@pytest.mark.parametrize("part", ["added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"])
 def test_pints_parts_equal_the_published_ones(built_pints: Path, part: str) -> None:
     built, published = (json.loads((path / "tokenizer.json").read_text()) for path in (built_pints, PINTS))
     assert built[part] == published[part]

@@ -86,8 +86,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ),
     # tensor parallelism
     (
-        "parallel.tensor_model_parallel_size (3) must divide model.num_attention_heads (32); use 1, 2, 4 "
-        "or 8.",
+        "parallel.tensor_model_parallel_size (3) must divide model.num_attention_heads (32); use 1, 2, 4 or 8.",
         {"parallel__tensor_model_parallel_size": 3},
     ),
     (
@@ -124,8 +123,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         {"parallel__virtual_pipeline_model_parallel_size": 2},
     ),
     (
-        "parallel.virtual_pipeline_model_parallel_size (1) must be at least 2; leave it out for one chunk "
-        "per stage.",
+        "parallel.virtual_pipeline_model_parallel_size (1) must be at least 2; leave it out for one chunk per stage.",
         {"parallel__virtual_pipeline_model_parallel_size": 1},
     ),
     (
@@ -203,8 +201,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         {"parallel__overlap_param_gather": True},
     ),
     (
-        "parallel.overlap_param_gather (true) needs parallel.use_distributed_optimizer; set that to true "
-        "too.",
+        "parallel.overlap_param_gather (true) needs parallel.use_distributed_optimizer; set that to true too.",
         {
             "parallel__overlap_param_gather": True,
             "parallel__overlap_grad_reduce": True,
@@ -300,8 +297,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ),
     # settings that would be silently ignored
     (
-        "precision.fp8_param_gather (true) has no effect with precision.dtype bf16; leave it out or change"
-        " that.",
+        "precision.fp8_param_gather (true) has no effect with precision.dtype bf16; leave it out or change that.",
         {"precision__fp8_param_gather": True},
     ),
     (
@@ -328,8 +324,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         {"optimizer__lr_wsd_decay_iters": 10},
     ),
     (
-        "optimizer.min_lr (4e-05) has no effect with optimizer.lr_decay_style constant; leave it out or "
-        "change that.",
+        "optimizer.min_lr (4e-05) has no effect with optimizer.lr_decay_style constant; leave it out or change that.",
         {"optimizer__lr_decay_style": "constant"},
     ),
     (
@@ -338,8 +333,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         {"checkpoint__keep_every": 2000},
     ),
     (
-        'checkpoint.async_save (true) has no effect with checkpoint.save_interval "none"; leave it out or '
-        "change that.",
+        'checkpoint.async_save (true) has no effect with checkpoint.save_interval "none"; leave it out or change that.',
         {"checkpoint__async_save": True, "checkpoint__save_interval": "none"},
     ),
     (
@@ -377,9 +371,7 @@ def test_check_config_size_of_zero_does_not_hide_other_sections() -> None:
 
 
 def test_check_config_world_size_not_a_multiple_of_the_replica_is_refused() -> None:
-    assert problems(
-        world_size=6, parallel__tensor_model_parallel_size=2, parallel__pipeline_model_parallel_size=2
-    ) == [
+    assert problems(world_size=6, parallel__tensor_model_parallel_size=2, parallel__pipeline_model_parallel_size=2) == [
         "the number of processes (6) must be a multiple of tensor x pipeline x context parallel size "
         "(2 x 2 x 1 = 4); start 4 or a multiple, or change them."
     ]

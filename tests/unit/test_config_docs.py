@@ -15,9 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "generate_config_docs", ROOT / "tools/generate_config_docs.py"
-    )
+    spec = importlib.util.spec_from_file_location("generate_config_docs", ROOT / "tools/generate_config_docs.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -137,8 +137,7 @@ def test_load_config_problem_is_prefixed_by_the_file(sound: Path) -> None:
         (
             "lr = 1e-3",
             'lr = 1e-3\nlr_decay_style = "cosin"',
-            'optimizer.lr_decay_style: "cosin" is not one of "cosine", "linear", "wsd", "constant"; '
-            'write "cosine".',
+            'optimizer.lr_decay_style: "cosin" is not one of "cosine", "linear", "wsd", "constant"; write "cosine".',
         ),
         (
             "train_iters = 10",
@@ -153,9 +152,7 @@ def test_load_config_bad_file_gives_its_message(sound: Path, old: str, new: str,
 
 
 def test_load_config_section_that_is_a_value_is_refused(sound: Path) -> None:
-    assert problems_of(sound, "precision = 3\n" + SOUND) == [
-        "precision: 3 is not a table; write it as [precision]."
-    ]
+    assert problems_of(sound, "precision = 3\n" + SOUND) == ["precision: 3 is not a table; write it as [precision]."]
 
 
 def test_load_config_true_in_quotes_says_what_to_write(sound: Path) -> None:
@@ -210,9 +207,7 @@ def test_load_config_file_that_is_no_text_is_one_line(sound: Path) -> None:
         (["--checkpoint.init_from", "hf/model"], "checkpoint.init_from", "hf/model"),
     ],
 )
-def test_load_config_override_sets_its_field_alone(
-    sound: Path, words: list[str], path: str, expected: object
-) -> None:
+def test_load_config_override_sets_its_field_alone(sound: Path, words: list[str], path: str, expected: object) -> None:
     section, name = path.split(".")
     before = load_config(sound)
     after = load_config(sound, words)
@@ -236,9 +231,7 @@ def test_load_config_bad_overrides_are_all_named(sound: Path) -> None:
     ]
 
 
-def test_load_config_bad_override_values_are_all_named(
-    sound: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_load_config_bad_override_values_are_all_named(sound: Path, capfd: pytest.CaptureFixture[str]) -> None:
     words = "--train.train_iters x --optimizer.lr y --precision.dtype fp16 --name --log.tensorboard maybe"
     with pytest.raises(ConfigError) as error:
         load_config(sound, words.split())
@@ -253,9 +246,7 @@ def test_load_config_bad_override_values_are_all_named(
 
 
 def test_to_toml_round_trips_every_kind_of_value(sound: Path) -> None:
-    config = load_config(
-        sound, ["--train.rampup_batch_size", "2", "2", "50", "--data.train_weights", "1", "2"]
-    )
+    config = load_config(sound, ["--train.rampup_batch_size", "2", "2", "50", "--data.train_weights", "1", "2"])
     awkward = replace(config, run_dir='a "quoted"\\path\n\twith \x7f and é')
     assert config_from_dict(tomllib.loads(to_toml(awkward))) == awkward
 
@@ -314,15 +305,11 @@ def test_parse_command_line_without_flags_is_a_real_run(sound: Path) -> None:
 
 def test_parse_command_line_without_config_names_the_bundled_ones() -> None:
     (problem,) = parse()
-    assert (
-        problem.startswith("CONFIG is missing;") and "pints_1.5b_2k" in problem and "prog --help" in problem
-    )
+    assert problem.startswith("CONFIG is missing;") and "pints_1.5b_2k" in problem and "prog --help" in problem
 
 
 def test_parse_command_line_option_before_config_is_refused() -> None:
-    assert parse("--train.train_iters", "3", "tlm_xs") == [
-        "CONFIG must come before --train.train_iters; see --help."
-    ]
+    assert parse("--train.train_iters", "3", "tlm_xs") == ["CONFIG must come before --train.train_iters; see --help."]
 
 
 def test_parse_command_line_world_size_without_dry_run_is_refused(sound: Path) -> None:
@@ -332,15 +319,11 @@ def test_parse_command_line_world_size_without_dry_run_is_refused(sound: Path) -
 
 
 def test_parse_command_line_world_size_of_zero_is_refused(sound: Path) -> None:
-    assert parse(sound, "--dry_run", "--world_size", "0") == [
-        "command line: --world_size (0) must be at least 1."
-    ]
+    assert parse(sound, "--dry_run", "--world_size", "0") == ["command line: --world_size (0) must be at least 1."]
 
 
 def test_parse_command_line_stray_word_is_refused(sound: Path) -> None:
-    assert parse(sound, "stray") == [
-        "command line: stray: unexpected; options are written --section.field VALUE."
-    ]
+    assert parse(sound, "stray") == ["command line: stray: unexpected; options are written --section.field VALUE."]
 
 
 def test_parse_command_line_help_without_config_teaches(capsys: pytest.CaptureFixture[str]) -> None:

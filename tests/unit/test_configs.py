@@ -107,8 +107,7 @@ def test_config_pints_costs_what_the_anchors_say(name: str, giga: float) -> None
 
 def test_config_pints_16k_differs_from_2k_in_length_and_batch_only() -> None:
     short, long = (
-        tomllib.loads((CONFIGS / f"pints_1.5b_{length}.toml").read_text(encoding="utf-8"))
-        for length in ("2k", "16k")
+        tomllib.loads((CONFIGS / f"pints_1.5b_{length}.toml").read_text(encoding="utf-8")) for length in ("2k", "16k")
     )
     differing = {
         (section, key)

@@ -263,9 +263,7 @@ def _verify(run: Path, out: Path, before: str = "", *arguments: str) -> subproce
 def test_verify_of_a_right_export_prints_agreement_and_publishes(shared_run: Path, tmp_path: Path) -> None:
     done = _verify(shared_run, tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
-    match = re.search(
-        r"max \|logit difference\| (\S+) \(at most 0.0001\), top-1 agreement 100.00 %", done.stdout
-    )
+    match = re.search(r"max \|logit difference\| (\S+) \(at most 0.0001\), top-1 agreement 100.00 %", done.stdout)
     assert match is not None and float(match[1]) < 1e-5
     assert (tmp_path / "out" / "config.json").exists()
 
@@ -350,9 +348,7 @@ def test_to_hf_of_a_bad_run_tells_one_clear_error(
     assert {path.name for path in tmp_path.iterdir()} <= {"run"}
 
 
-def test_to_hf_tokenizer_larger_than_the_model_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_to_hf_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_random_model(tmp_path / "hf", vocab_size=64)
     assert _run("from-hf", "--load", tmp_path / "hf", "--save", tmp_path / "run") == 0
     save_tokenizer(tmp_path / "tokenizer")
@@ -505,15 +501,11 @@ def _write_random_run(run: Path, model: ModelConfig, dtype: torch.dtype) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not Path("/proc/self/status").exists(), reason="needs /proc for the peak of resident memory"
-)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for the peak of resident memory")
 @pytest.mark.parametrize(
     ("stored", "exported"), [(torch.bfloat16, "bf16"), (torch.float32, "fp32")], ids=["bf16", "fp32"]
 )
-def test_export_of_a_1_57b_checkpoint_stays_below_1_5_gb(
-    tmp_path: Path, stored: torch.dtype, exported: str
-) -> None:
+def test_export_of_a_1_57b_checkpoint_stays_below_1_5_gb(tmp_path: Path, stored: torch.dtype, exported: str) -> None:
     _write_random_run(tmp_path / "run", PINTS, stored)
     save_tokenizer(tmp_path / "run" / "tokenizer")
     command = [

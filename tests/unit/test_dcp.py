@@ -141,9 +141,7 @@ def test_write_checkpoint_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
         storages.append(weakref.ref(tensor))
         return tensor
 
-    write_checkpoint(
-        tmp_path, {"stacked": TensorInfo((6, 5, 5), torch.float32)}, requests, produce, common={}
-    )
+    write_checkpoint(tmp_path, {"stacked": TensorInfo((6, 5, 5), torch.float32)}, requests, produce, common={})
     # DCP's loop still names the tensor it wrote last while it asks for the next.
     assert len(alive) == 6 and max(alive) <= 1
 
@@ -236,9 +234,7 @@ def test_reader_of_a_damaged_directory_tells_one_clear_error(
     assert not (tmp_path / "attacked").exists()
 
 
-@pytest.mark.parametrize(
-    "function", ["posix.system", "builtins.eval", "builtins.getattr", "torch.load", "torch.save"]
-)
+@pytest.mark.parametrize("function", ["posix.system", "builtins.eval", "builtins.getattr", "torch.load", "torch.save"])
 def test_reader_of_metadata_naming_a_function_refuses_it(tmp_path: Path, function: str) -> None:
     _write(tmp_path / "c", _tensors())
     module, name = function.rsplit(".", 1)

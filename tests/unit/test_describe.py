@@ -97,8 +97,7 @@ def test_describe_unknown_world_size_takes_one_replica_and_says_so() -> None:
     report = describe(config, world_size=None, notes=["a.bin is missing"])
     assert "tensor 2 x context 1 x data 1 x pipeline 1" in report
     assert report.endswith(
-        "notes\n  a.bin is missing\n"
-        "  described for one replica of the model (2); --world_size N describes more"
+        "notes\n  a.bin is missing\n  described for one replica of the model (2); --world_size N describes more"
     )
 
 

@@ -98,9 +98,7 @@ def test_untested_megatron_is_said_to_be_so(monkeypatch):
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    done = subprocess.run(
-        [sys.executable, "tools/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "tools/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -129,9 +127,7 @@ def test_json_report_finds_the_tested_megatron(report):
 
 def test_bare_interpreter_is_told_what_is_missing():
     # -S hides site-packages: a Python without any of the requirements.
-    done = subprocess.run(
-        [sys.executable, "-S", "tools/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-S", "tools/doctor.py", "--json"], cwd=ROOT, capture_output=True, text=True)
     checks = {check["name"]: check["status"] for check in json.loads(done.stdout)["checks"]}
     assert done.returncode == 1
     assert checks["torch"] == checks["megatron-core"] == "missing" and checks["Python"] == "ok"

@@ -62,8 +62,6 @@ def test_flops_per_token_tied_output_layer_still_costs() -> None:
     assert flops_per_token(tied, 2048) == flops_per_token(PINTS, 2048)
 
 
-@pytest.mark.parametrize(
-    ("vocab", "multiple", "rows"), [(32064, 128, 32128), (32064, 64, 32064), (1, 128, 128)]
-)
+@pytest.mark.parametrize(("vocab", "multiple", "rows"), [(32064, 128, 32128), (32064, 64, 32064), (1, 128, 128)])
 def test_padded_vocab_size_rounds_up(vocab: int, multiple: int, rows: int) -> None:
     assert padded_vocab_size(replace(PINTS, vocab_size=vocab, make_vocab_size_divisible_by=multiple)) == rows

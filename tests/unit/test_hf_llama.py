@@ -103,9 +103,7 @@ def _read(config: dict[str, Any]) -> ModelConfig:
     ],
     ids=["llama2", "codellama", "tinyllama", "mistral"],
 )
-def test_model_from_hf_published_config_gives_its_shape(
-    config: dict[str, Any], expected: tuple[float, ...]
-) -> None:
+def test_model_from_hf_published_config_gives_its_shape(config: dict[str, Any], expected: tuple[float, ...]) -> None:
     model = _read(config)
     assert (
         model.num_layers,
@@ -293,9 +291,7 @@ torch.save(logits, sys.argv[3])
 """
 
 
-def _concatenated(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig
-) -> torch.Tensor:
+def _concatenated(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, model: ModelConfig) -> torch.Tensor:
     return torch.cat([query, key, value])
 
 

@@ -40,12 +40,8 @@ def test_writer_one_document_gives_bytes_written_by_hand(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 70000])
-@pytest.mark.parametrize(
-    "documents", [DOCUMENTS, [], [[]], [[], [9]]], ids=["mixed", "none", "empty", "late"]
-)
-def test_writer_files_equal_megatron_builders(
-    tmp_path: Path, documents: list[list[int]], vocab_size: int
-) -> None:
+@pytest.mark.parametrize("documents", [DOCUMENTS, [], [[]], [[], [9]]], ids=["mixed", "none", "empty", "late"])
+def test_writer_files_equal_megatron_builders(tmp_path: Path, documents: list[list[int]], vocab_size: int) -> None:
     write(tmp_path / "ours", documents, vocab_size)
     write_with_megatron(tmp_path / "theirs", documents, vocab_size)
     for ending in ("bin", "idx"):
@@ -174,9 +170,7 @@ def test_reader_truncated_bin_is_refused(tmp_path: Path, size: int) -> None:
         (lambda content: content[:26] + bytes(8), "has no document index"),
     ],
 )
-def test_reader_damaged_index_is_refused(
-    tmp_path: Path, change: Callable[[bytes], bytes], message: str
-) -> None:
+def test_reader_damaged_index_is_refused(tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
     prefix = write(tmp_path / "a", DOCUMENTS)
     path = tmp_path / "a.idx"
     path.write_bytes(change(path.read_bytes()))
@@ -199,9 +193,7 @@ def test_problems_sound_file_has_none(tmp_path: Path) -> None:
         (34, struct.pack("<ii", 4, 0), "sequence lengths: some are not positive"),
     ],
 )
-def test_problems_damaged_file_names_the_fault(
-    tmp_path: Path, offset: int, value: bytes, message: str
-) -> None:
+def test_problems_damaged_file_names_the_fault(tmp_path: Path, offset: int, value: bytes, message: str) -> None:
     prefix = write(tmp_path / "a", DOCUMENTS)
     content = bytearray((tmp_path / "a.idx").read_bytes())
     content[offset : offset + len(value)] = value

@@ -96,9 +96,7 @@ def test_inspect_eod_mask_without_tokenizer_and_manifest_is_refused(prefix: Path
     assert (status, "give --tokenizer" in text) == (2, True)
 
 
-def test_inspect_other_tokenizer_is_refused(
-    prefix: Path, tokenizer: Path, tmp_path: Path, show: Show
-) -> None:
+def test_inspect_other_tokenizer_is_refused(prefix: Path, tokenizer: Path, tmp_path: Path, show: Show) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for path in tokenizer.iterdir():

@@ -262,9 +262,7 @@ def test_nodelist_that_is_none_is_refused(nodelist):
         expand_nodelist(nodelist)
 
 
-@pytest.mark.parametrize(
-    "counts, tasks", [("2,1", [2, 1]), ("8(x3)", [8, 8, 8]), ("4(x2),3", [4, 4, 3]), ("1", [1])]
-)
+@pytest.mark.parametrize("counts, tasks", [("2,1", [2, 1]), ("8(x3)", [8, 8, 8]), ("4(x2),3", [4, 4, 3]), ("1", [1])])
 def test_tasks_per_node_are_written_out(counts, tasks):
     assert expand_tasks_per_node(counts) == tasks
 

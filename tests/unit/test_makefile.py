@@ -27,9 +27,7 @@ def empty(tmp_path: Path) -> Path:
 
 
 def test_make_alone_lists_the_targets():
-    done = subprocess.run(
-        ["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert set(re.findall(r"^  make (\S+)", done.stdout, re.MULTILINE)) >= {"demo", "test", "check", "clean"}
 
 
@@ -102,9 +100,7 @@ def test_python_that_does_not_run_is_named(tmp_path, empty):
 def test_python_that_is_too_old_is_named(tmp_path, empty):
     old = tmp_path / "python3.9"
     # Fails the version question, as an old interpreter would, and answers the one for its name.
-    old.write_text(
-        '#!/bin/sh\ncase "$2" in *version_info*) exit 1;; *platform*) echo 3.9.18;; esac\nexit 0\n'
-    )
+    old.write_text('#!/bin/sh\ncase "$2" in *version_info*) exit 1;; *platform*) echo 3.9.18;; esac\nexit 0\n')
     old.chmod(0o755)
     done = venv_script(tmp_path / "venv", str(old), empty)
     assert done.returncode == 2 and "is 3.9.18, and 3.11 is the least" in done.stderr
@@ -122,9 +118,7 @@ PASSED = '<testcase classname="a" name="test_b"/>'
 
 
 def skipped(reason: str) -> str:
-    return (
-        f'<testcase classname="a" name="test_c"><skipped type="pytest.skip" message="{reason}"/></testcase>'
-    )
+    return f'<testcase classname="a" name="test_c"><skipped type="pytest.skip" message="{reason}"/></testcase>'
 
 
 def test_skip_for_no_good_reason_fails_ci(tmp_path):

@@ -117,9 +117,7 @@ def test_activations_few_micro_batches_bound_what_is_in_flight() -> None:
 
 def test_activations_interleaving_costs_the_first_stage_more() -> None:
     plain = build(parallel__pipeline_model_parallel_size=4)
-    interleaved = build(
-        parallel__pipeline_model_parallel_size=4, parallel__virtual_pipeline_model_parallel_size=2
-    )
+    interleaved = build(parallel__pipeline_model_parallel_size=4, parallel__virtual_pipeline_model_parallel_size=2)
     # 2 x 3 + 1 x 4 + 1 = 11 chunks of 3 layers against 4 micro-batches of 6 layers
     ratio = (
         memory_of_stage(interleaved, world_size=4, stage=0).activations
@@ -144,9 +142,7 @@ def test_memory_stages_hold_every_parameter_once() -> None:
 
 def test_memory_tied_embedding_is_copied_to_the_last_stage_only_when_there_are_several() -> None:
     def held(stages: int) -> float:
-        config = build(
-            model__share_embeddings_and_output_weights=True, parallel__pipeline_model_parallel_size=stages
-        )
+        config = build(model__share_embeddings_and_output_weights=True, parallel__pipeline_model_parallel_size=stages)
         parts = [memory_of_stage(config, world_size=stages, stage=stage).gradients for stage in range(stages)]
         return sum(parts) * GIB / 4
 

@@ -59,9 +59,7 @@ def test_validation_stands_at_its_tokens(tmp_path):
 
 
 def test_rows_of_other_kinds_are_ignored(tmp_path):
-    run = plot_run.read_run(
-        write_run(tmp_path, [{"kind": "start", "time": 0}, train_row(10), {"kind": "stop"}])
-    )
+    run = plot_run.read_run(write_run(tmp_path, [{"kind": "start", "time": 0}, train_row(10), {"kind": "stop"}]))
     assert run.iterations == [10]
 
 
@@ -166,9 +164,7 @@ def test_axis_by_iteration_is_labelled_so(tmp_path):
 
 
 def test_legend_tells_median_rate_and_mfu(tmp_path):
-    rows = [
-        train_row(i, tokens_per_second=speed, mfu=0.4) for i, speed in ((1, 10.0), (2, 900e3), (3, 901e3))
-    ]
+    rows = [train_row(i, tokens_per_second=speed, mfu=0.4) for i, speed in ((1, 10.0), (2, 900e3), (3, 901e3))]
     run = plot_run.read_run(write_run(tmp_path, rows))
     legend = plot_run.draw([run], by="tokens", smoothing=None).axes[2].get_legend()
     assert legend.get_texts()[0].get_text() == "median 900k tokens/s, MFU 40.0 %"

@@ -128,9 +128,7 @@ def test_preprocess_any_number_of_workers_gives_the_same_bytes(
     # Small chunks, so that there are more of them than are ever under way at once.
     monkeypatch.setattr(preprocess_data, "CHUNK_BYTES", 500)
     for name, number in (("one", 1), ("many", workers)):
-        assert (
-            run(tokenizer, tmp_path / name, [corpus, corpus], "--append-eod", "--workers", str(number)) == 0
-        )
+        assert run(tokenizer, tmp_path / name, [corpus, corpus], "--append-eod", "--workers", str(number)) == 0
     assert pair_bytes(tmp_path / "many_text_document") == pair_bytes(tmp_path / "one_text_document")
 
 
@@ -209,9 +207,7 @@ def test_preprocess_size_of_vocabulary_decides_the_type(tmp_path: Path, vocab_si
     vocab = {f"w{number}": number for number in range(vocab_size)}
     folder = tmp_path / "wide"
     folder.mkdir()
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0")).save(
-        str(folder / "tokenizer.json")
-    )
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0")).save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "w1"}')
     last = vocab_size - 1
     run(folder, tmp_path / "out", [write_jsonl(tmp_path / "c.jsonl", [{"text": f"w{last}"}])])
@@ -253,9 +249,7 @@ def test_preprocess_bad_record_fails_with_file_and_line(
 
 
 @pytest.mark.parametrize("line", [parameter.values[0] for parameter in BAD_LINES])
-def test_preprocess_bad_record_skipped_leaves_the_others(
-    tokenizer: Path, tmp_path: Path, line: bytes
-) -> None:
+def test_preprocess_bad_record_skipped_leaves_the_others(tokenizer: Path, tmp_path: Path, line: bytes) -> None:
     assert run(tokenizer, tmp_path / "out", [bad_corpus(tmp_path, line)], "--on-error", "skip") == 0
     expected = reference_bytes(reference_ids(tokenizer, ["one", "two", "three"], bos=False, eod=False))
     assert pair_bytes(tmp_path / "out_text_document") == expected
@@ -352,9 +346,7 @@ def test_preprocess_killed_worker_is_reported(
         list(preprocess_data.encode_all(iter([chunk]), settings, tmp_path, 2))
 
 
-def test_preprocess_killed_parent_takes_its_workers_along(
-    tokenizer: Path, corpus: Path, tmp_path: Path
-) -> None:
+def test_preprocess_killed_parent_takes_its_workers_along(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
     import psutil
 
     program = (
@@ -401,9 +393,7 @@ def test_preprocess_needs_neither_torch_nor_megatron(tokenizer: Path, corpus: Pa
         "--tokenizer",
         str(tokenizer),
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", program, tool, *options], capture_output=True, text=True, cwd="/"
-    )
+    done = subprocess.run([sys.executable, "-c", program, tool, *options], capture_output=True, text=True, cwd="/")
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -439,6 +429,4 @@ def test_preprocess_golden_two_keys_give_megatrons_bytes_for_titles(tmp_path: Pa
     llama2 = SHARED / "tokenizers" / "llama2"
     keys = ["--json-keys", "text", "title", "--prepend-bos"]
     run(llama2, tmp_path / "out", [GOLDEN / "input.jsonl"], *keys)
-    assert pair_bytes(tmp_path / "out_title_document") == pair_bytes(
-        GOLDEN / "llama2_two_keys_title_document"
-    )
+    assert pair_bytes(tmp_path / "out_title_document") == pair_bytes(GOLDEN / "llama2_two_keys_title_document")

@@ -96,9 +96,7 @@ def test_sample_code_and_prose_of_a_file_are_held_out_together(installation: Pat
 
 
 def test_family_copy_in_another_package_is_the_same() -> None:
-    assert sample_corpus.family("packages/pip/_vendor/rich/text.py") == sample_corpus.family(
-        "packages/rich/text.py"
-    )
+    assert sample_corpus.family("packages/pip/_vendor/rich/text.py") == sample_corpus.family("packages/rich/text.py")
 
 
 def test_sample_max_mb_limits_each_source(installation: Path, tmp_path: Path) -> None:
@@ -113,9 +111,7 @@ def test_sample_tests_come_last(installation: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "out" / "code.train.jsonl")[-1]["id"] == "lib/test/data.py"
 
 
-def test_sample_counts_are_printed(
-    installation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sample_counts_are_printed(installation: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sample(installation, tmp_path / "out", "--valid-fraction", "0")
     size = sum(len(record["text"].encode()) for record in read(tmp_path / "out" / "code.train.jsonl"))
     lines = capsys.readouterr().out.splitlines()
@@ -138,9 +134,7 @@ def test_sample_docs_and_descriptions_are_prose(tmp_path: Path) -> None:
 def test_sample_language_reference_is_prose_by_topic(tmp_path: Path) -> None:
     folder = tmp_path / "lib" / "pydoc_data"
     folder.mkdir(parents=True)
-    (folder / "topics.py").write_text(
-        f"topics = {{'assert': {PROSE + 'one'!r}, 'while': {PROSE + 'two'!r}}}\n"
-    )
+    (folder / "topics.py").write_text(f"topics = {{'assert': {PROSE + 'one'!r}, 'while': {PROSE + 'two'!r}}}\n")
     sample(tmp_path / "lib", tmp_path / "out", "--valid-fraction", "0")
     ids = [record["id"] for record in read(tmp_path / "out" / "prose.train.jsonl")]
     assert ids == ["lib/pydoc_data/topics.py#assert", "lib/pydoc_data/topics.py#while"]

@@ -148,9 +148,7 @@ def test_load_damaged_config_is_refused(folder: Path) -> None:
 def test_encode_truncation_and_padding_in_the_file_are_ignored(folder: Path) -> None:
     cut = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     pad = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
-    edit_json(
-        folder / "tokenizer.json", truncation=cut, padding=pad | {"pad_type_id": 0, "pad_token": "<unk>"}
-    )
+    edit_json(folder / "tokenizer.json", truncation=cut, padding=pad | {"pad_type_id": 0, "pad_token": "<unk>"})
     assert len(Tokenizer.load(folder).encode("1 2 3 4")) == 8
 
 
