@@ -113,6 +113,9 @@ def publish(temporary: Path, description: CheckpointDescription) -> Path:
         temporary.rename(published)
     flush(published.parent)
     write_whole(published.parent / LATEST, published.name + "\n")
+    for left in published.parent.glob("iter_*.tmp"):
+        if left.name < published.name:  # of a run that died; each would hold a whole checkpoint's disk space
+            shutil.rmtree(left, ignore_errors=True)
     return published
 
 

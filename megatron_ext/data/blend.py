@@ -22,6 +22,7 @@ from megatron_ext.data.indexed import IndexedFile
 from megatron_ext.data.manifest import read_manifest
 from megatron_ext.data.sampler import Blend
 from megatron_ext.data.tokenizer import Tokenizer
+from megatron_ext.durable import flush
 from megatron_ext.errors import DataError
 from megatron_ext.parallel import groups
 
@@ -245,6 +246,8 @@ def _build_cache(cache: Path, dataset: Any) -> None:
     try:
         aside.mkdir(parents=True, exist_ok=True)
         dataset(aside)
+        for file in aside.iterdir():
+            flush(file)
         aside.rename(cache)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)

@@ -400,3 +400,9 @@ def test_retention_leaves_a_save_under_way_alone(checkpoints):
     temporary = write(checkpoints, 5)
     layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
     assert temporary.is_dir()
+
+
+def test_publishing_clears_what_a_dead_run_left_before_it(tmp_path: Path) -> None:
+    old, newer = (layout.prepare_temporary(tmp_path, iteration) for iteration in (5, 20))
+    layout.publish(layout.prepare_temporary(tmp_path, 10), description(10))
+    assert not old.exists() and newer.exists()
