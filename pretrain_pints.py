@@ -12,10 +12,14 @@ This file is the table of contents; each step lives in megatron_ext/.
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+import os
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_ext.config.checks import check_config, check_files
 from megatron_ext.config.load import parse_command_line
@@ -59,8 +63,22 @@ def let_rank_0_end_first() -> None:
     srun, torchrun and mpiexec end all ranks at the first that fails: were this the first, those that found the
     same a moment later would be ended before they could say so.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))
+    signal.signal(signal.SIGTERM, lambda *_: leave(EXIT_CODE))
     time.sleep(10)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process without taking the interpreter down.
+
+    After a refusal the process groups' threads may still run, and an interpreter that ends around them aborts now
+    and then ("terminate called without an active exception", torch 2.13 with gloo), with another exit code.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()  # a save that nobody will publish
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def raise_problems(problems: list[str]) -> None:
@@ -144,4 +162,5 @@ def run(config: Config, launch: Launch) -> None:
 
 
 if __name__ == "__main__":  # saving starts processes, which must not start training again
-    sys.exit(main())
+    if code := main():
+        leave(code)
