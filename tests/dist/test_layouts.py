@@ -33,7 +33,13 @@ def reference(module_trainer):
     return module_trainer.train("one_process")
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+# What these cover, other layouts cover too, together with more; .ci/run runs them all.
+SLOW = {"dp2_unsharded_optimizer", "tp2_sp", "recompute_selective"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
+)
 def test_training_in_layout_gives_the_losses_and_norms_of_one_process(name, reference, module_trainer):
     ranks, overrides = LAYOUTS[name]
     finished = module_trainer.train(name, *overrides, ranks=ranks)
@@ -54,7 +60,7 @@ def test_tied_embeddings_in_layout_give_the_losses_of_one_process(module_trainer
         assert [r[name] for r in four.rows()] == pytest.approx([r[name] for r in one.rows()], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("multiple", ["1", "128"])
+@pytest.mark.parametrize("multiple", [pytest.param("1", marks=pytest.mark.slow), "128"])
 def test_padding_of_the_vocabulary_changes_nothing(multiple, reference, module_trainer):
     finished = module_trainer.train(f"padded_{multiple}", "--model.make_vocab_size_divisible_by", multiple)
     for name in ("loss", "grad_norm"):
@@ -62,6 +68,7 @@ def test_padding_of_the_vocabulary_changes_nothing(multiple, reference, module_t
         assert [row[name] for row in finished.rows()] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_training_learns_the_repeating_tokens(module_trainer):
     finished = module_trainer.train("long", "--train.train_iters", "150", "--log.interval", "50")
     losses = [row["loss"] for row in finished.rows()]

@@ -44,8 +44,18 @@ def metrics(finished):
     return [tuple(row[name] for name in names) for row in finished.rows()]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+QUICK = {("one_process", False), ("tp2", True), ("dp2_overlap", True)}
+"""What `make test` runs of the cases below; .ci/run runs them all."""
+
+
+@pytest.mark.parametrize(
+    ("layout", "asynchronous"),
+    [
+        pytest.param(layout, asynchronous, marks=() if (layout, asynchronous) in QUICK else pytest.mark.slow)
+        for layout in LAYOUTS
+        for asynchronous in (False, True)
+    ],
+)
 def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(layout, asynchronous, trainer):
     ranks, overrides = LAYOUTS[layout]
     saving = ("--checkpoint.async_save", "true", "--checkpoint.save_interval", "5") if asynchronous else ()
@@ -59,9 +69,7 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(layout, asynchronous, 
     second = trainer.train("parted", *overrides, *RESHARDABLE, ranks=ranks)
     assert "continuing after iteration 10 of 20" in second.output
     assert metrics(second) == metrics(straight)
-    expected, found = (
-        read_tensors(run.run_dir / "checkpoints" / "iter_0000020") for run in (straight, second)
-    )
+    expected, found = (read_tensors(run.run_dir / "checkpoints" / "iter_0000020") for run in (straight, second))
     assert expected.keys() == found.keys()
     differing = [key for key in expected if not torch.equal(expected[key], found[key])]
     assert not differing
@@ -76,7 +84,12 @@ def saved_on_eight(module_trainer):
 
 @pytest.mark.parametrize(
     ("name", "ranks", "overrides"),
-    [("to_one", 1, ()), ("to_tp2", 2, TP2), ("to_pp2", 2, PP2), ("to_dp4", 4, ())],
+    [
+        ("to_one", 1, ()),
+        ("to_tp2", 2, TP2),
+        pytest.param("to_pp2", 2, PP2, marks=pytest.mark.slow),
+        pytest.param("to_dp4", 4, (), marks=pytest.mark.slow),
+    ],
 )
 def test_reshardable_checkpoint_continues_in_another_layout(name, ranks, overrides, saved_on_eight, module_trainer):
     _copy_run(module_trainer.work / "eight", module_trainer.work / name)

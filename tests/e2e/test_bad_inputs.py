@@ -447,7 +447,14 @@ def test_mistake_gives_one_message_and_leaves_nothing_half_done(name, place, req
     check(mistake, refusal, place.root)
 
 
-@pytest.mark.parametrize("name", ["tokenizer_of_other_data", "run_dir_of_another_model", "wandb_not_installed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer_of_other_data",
+        pytest.param("run_dir_of_another_model", marks=pytest.mark.slow),
+        pytest.param("wandb_not_installed", marks=pytest.mark.slow),
+    ],
+)
 def test_mistake_met_by_two_ranks_ends_both_and_is_told_once(name, place, request):
     mistake = MISTAKES[name]
     if mistake.after_training:
