@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -16,6 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, without installing
 
 from megatron_ext.errors import EXIT_CODE, DataError, MegapintsError
+from tools.watching import reading
+from tools.watching.figures import SMOOTHING_SHARE, format_lr, format_tokens, loss_range, smooth
+from tools.watching.reading import metrics_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,11 +32,8 @@ examples:
 RUN is a run directory, or a metrics.jsonl. A run that was interrupted and resumed is drawn as it went
 on: what came after the checkpoint it resumed from is left out.
 """
-METRICS = "metrics.jsonl"
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# The smoothed line averages over about this part of the rows drawn.
-SMOOTHING_SHARE = 0.02
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,27 +105,21 @@ class Run:
     validations: list[Validation] = field(default_factory=list)
 
 
-def metrics_path(run: Path) -> Path:
-    """Find the metrics file of a run directory; a file is taken as it is."""
-    return run / METRICS if run.is_dir() else run
-
-
 def read_run(path: Path) -> Run:
-    """Read a run's metrics.
+    """Read what is drawn of a run.
 
     Raises:
-        DataError: there is no file, a line is damaged (other than a last one cut short), or there is no
-            training row yet.
+        DataError: there is no metrics file, no training row yet, or a row is not one of a run.
     """
     metrics = metrics_path(path)
-    rows = current_rows(read_rows(metrics), metrics)
-    train = [row for row in rows if row["kind"] == "train"]
-    if not train:
+    record = reading.read_run(path)
+    for line in record.damaged:
+        print(f"note: {metrics}:{line}: left out, because a crash cut the line short", file=sys.stderr)
+    if not record.train:
         raise DataError(f"{metrics}: no training row yet; draw it once the run has logged its first interval")
-    folder = metrics.resolve().parent
-    run = Run(name=folder.name)
+    run = Run(name=record.name)
     try:
-        for row in train:
+        for row in record.train:
             run.iterations.append(row["iteration"])
             run.tokens.append(row["consumed_tokens"])
             run.losses.append(_number(row["loss"]))
@@ -135,8 +128,8 @@ def read_run(path: Path) -> Run:
             if row.get("mfu") is not None:
                 run.mfus.append(row["mfu"])
         # Validation rows count samples only; a sample has the same number of tokens throughout a run.
-        tokens_per_sample = train[-1]["consumed_tokens"] / train[-1]["consumed_samples"]
-        for row in (row for row in rows if row["kind"] == "valid"):
+        tokens_per_sample = record.train[-1]["consumed_tokens"] / record.train[-1]["consumed_samples"]
+        for row in record.valid:
             tokens = row["consumed_samples"] * tokens_per_sample
             run.validations.append(Validation(row["iteration"], tokens, _number(row["loss"])))
     except KeyError as error:
@@ -147,68 +140,6 @@ def read_run(path: Path) -> Run:
 def _number(value: float | None) -> float:
     """A value that was not finite may be stored as null: draw a gap."""
     return math.nan if value is None else float(value)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.jsonl; a last line that was cut short is dropped."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise DataError(f"{path}: not there; RUN must be a run directory or its {METRICS}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    lines = text.split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or "kind" not in row:
-                raise ValueError("not an object with a kind")
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: damaged ({error}); remove the line to draw the rest") from None
-        rows.append(row)
-    return rows
-
-
-def current_rows(rows: Sequence[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """Keep the train and valid rows of the run as it went on after its last resume.
-
-    A run that stopped after iteration 20 and resumed from its checkpoint of iteration 10 writes 11 to 20
-    again. The row of a validation comes after the training row of the same iteration.
-    """
-    kept: list[dict[str, Any]] = []
-    for number, row in enumerate(rows, start=1):
-        if row["kind"] not in ("train", "valid"):
-            continue
-        if not isinstance(row.get("iteration"), int):
-            raise DataError(f"{path}: row {number} has no iteration; was it written by pretrain_pints.py?")
-        while kept and _position(kept[-1]) >= _position(row):
-            kept.pop()
-        kept.append(row)
-    return kept
-
-
-def _position(row: dict[str, Any]) -> tuple[int, bool]:
-    return row["iteration"], row["kind"] == "valid"
-
-
-def smooth(values: Sequence[float], rows: int) -> list[float]:
-    """Average each value with its neighbours, `rows` in all, as many before as after: the curve does not lag.
-
-    Fewer after towards the end, fewer of both towards the start, where the loss falls fastest. Values that
-    are not finite stay out of it.
-    """
-    smoothed = []
-    for index in range(len(values)):
-        before = min(rows // 2, index)
-        after = min(before, len(values) - 1 - index)
-        window = [value for value in values[index - before : index + after + 1] if math.isfinite(value)]
-        smoothed.append(statistics.fmean(window) if window else math.nan)
-    return smoothed
 
 
 def draw(runs: Sequence[Run], *, by: str, smoothing: int | None) -> Figure:
@@ -241,7 +172,9 @@ def draw(runs: Sequence[Run], *, by: str, smoothing: int | None) -> Figure:
             draw_loss(loss, run, x, by=by, color=color, smoothing=smoothing, alone=len(runs) == 1)
             lr.plot(x, run.lrs, color=color, linewidth=1.6)
             draw_speed(speed, run, x, color=color, alone=len(runs) == 1)
-        limit_loss(loss, runs)
+        shown = loss_range([run.losses for run in runs], [point.loss for run in runs for point in run.validations])
+        if shown is not None:
+            loss.set_ylim(shown)
         figure.suptitle(", ".join(run.name for run in runs), fontsize=13, fontweight="bold")
         loss.set(title="Loss", ylabel="cross-entropy (nats per token)")
         loss.legend(loc="upper right", framealpha=1)
@@ -286,20 +219,6 @@ def draw_loss(
         )
 
 
-def limit_loss(axes: Axes, runs: Sequence[Run]) -> None:
-    """Fix the loss axis to the data, so that one spike does not flatten the curve."""
-    losses = sorted(value for run in runs for value in run.losses if math.isfinite(value))
-    if not losses:
-        return
-    # A fresh model's loss, ln(vocabulary), and the validations belong in the picture: they are never cut off.
-    kept = [losses[0], losses[int(0.99 * (len(losses) - 1))]]
-    kept += [run.losses[0] for run in runs if math.isfinite(run.losses[0])]
-    kept += [point.loss for run in runs for point in run.validations if math.isfinite(point.loss)]
-    low, high = min(kept), max(kept)
-    margin = 0.04 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
-
-
 def draw_speed(axes: Axes, run: Run, x: Sequence[float], *, color: str, alone: bool) -> None:
     """Draw tokens per second, with the median in the legend: it does not mind the first, slow interval."""
     finite = [value for value in run.tokens_per_second if math.isfinite(value)]
@@ -309,20 +228,6 @@ def draw_speed(axes: Axes, run: Run, x: Sequence[float], *, color: str, alone: b
     if run.mfus:
         label += f", MFU {100 * statistics.median(run.mfus):.1f} %"
     axes.plot(x, run.tokens_per_second, color=color, linewidth=1.2, label=label or None)
-
-
-def format_lr(value: float) -> str:
-    """Write a learning rate as configs do: 4e-4, 2.5e-4; 0 as it is."""
-    mantissa, _, exponent = f"{value:.1e}".partition("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}" if value else "0"
-
-
-def format_tokens(count: float) -> str:
-    """Write a number of tokens as people say it: 950, 12.5k, 3M, 57B, 1.2T."""
-    for scale, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= scale:
-            return f"{count / scale:.3g}{suffix}"
-    return f"{count:.3g}"
 
 
 def write_png(figure: Figure, path: Path) -> None:
