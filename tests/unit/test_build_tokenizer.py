@@ -172,7 +172,8 @@ def test_train_bad_record_is_refused_with_its_line(tmp_path: Path, capsys: pytes
     path.write_text('{"text": "a"}\n{"txt": "a"}\n')
     options = ["--input", str(path), "--vocab-size", "700", "--output", str(tmp_path / "out")]
     assert build_tokenizer.main(["train", *options]) == 2
-    assert capsys.readouterr().err == f"error: {path}:2: has no key 'text'; keys found: 'txt'.\n"
+    said = "has no key 'text'; keys found: 'txt'. Did you mean 'txt'?"
+    assert capsys.readouterr().err == f"error: {path}:2: {said}\n"
 
 
 @pytest.fixture(scope="module")
