@@ -28,6 +28,7 @@ from megatron_ext.errors import EXIT_CODE, ConfigError, MegapintsError
 from megatron_ext.parallel.launch import (
     Launch,
     cuda_is_visible,
+    find_job,
     find_launch,
     launched,
     set_runtime_environment,
@@ -64,6 +65,7 @@ def let_rank_0_end_first() -> None:
     same a moment later would be ended before they could say so.
     """
     signal.signal(signal.SIGTERM, lambda *_: leave(EXIT_CODE))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # a Stop blocks it
     time.sleep(10)
 
 
@@ -100,6 +102,7 @@ def run(config: Config, launch: Launch) -> None:
     from megatron_ext.checkpoint.layout import CHECKPOINTS
     from megatron_ext.checkpoint.save_load import Checkpoints
     from megatron_ext.data.blend import build_samples
+    from megatron_ext.data.documents import find_document_end
     from megatron_ext.data.loader import Loader
     from megatron_ext.data.tokenizer import Tokenizer
     from megatron_ext.log import setup_logging
@@ -118,10 +121,11 @@ def run(config: Config, launch: Launch) -> None:
     directory = run_dir.run_directory(config)
     setup_logging(rank=launch.rank, world_size=launch.world_size, path=directory / "log.txt")
     place = groups.initialize(config.parallel, launch, seed=config.train.seed)
-    stop = Stop(config.train)
+    stop = Stop(config.train, find_job())
     with groups.together():
         tokenizer = Tokenizer.load(config.data.tokenizer)
     data = build_samples(config, tokenizer)
+    document_end = find_document_end(config, tokenizer)
     model = wrap_for_training(config, build_model(config))
     optimizer = build_optimizer(config, model.wrapped)
     connect(config, model, optimizer)
@@ -140,8 +144,8 @@ def run(config: Config, launch: Launch) -> None:
         if place.rank == 0:
             run_dir.prepare(config, world_size=place.world_size)
     shape = {"micro_batch_size": config.train.micro_batch_size, "seq_length": config.train.seq_length}
-    loader = Loader(data.train, place, **shape)
-    valid_loader = Loader(data.valid, place, **shape) if data.valid else None
+    loader = Loader(data.train, place, **shape, document_end=document_end)
+    valid_loader = Loader(data.valid, place, **shape, document_end=document_end) if data.valid else None
     machine = Machine(config=config, place=place, model=model, optimizer=optimizer, loader=loader)
     metrics = Metrics(config, directory, rank=place.rank, world_size=place.world_size)
     try:

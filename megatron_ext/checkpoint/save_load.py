@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,11 @@ from megatron_ext.parallel.groups import Place
 
 _LOG = logging.getLogger(__name__)
 _UNSHARDED = "unsharded"
-# Settings that decide which sample comes when; (section, field).
-_ORDER = (
-    ("train", "seed"), ("train", "seq_length"), ("data", "train_data"), ("data", "train_weights"), ("data", "split"),
-    ("data", "valid_data"),
+# Settings that decide which sample comes when, and what it is; (section, field).
+_SAMPLES = (
+    ("train", "seed"), ("train", "seq_length"), ("data", "train_data"), ("data", "train_weights"),
+    ("data", "train_weights_unit"), ("data", "split"), ("data", "valid_data"), ("data", "sample_index"),
+    ("data", "eod_mask_loss"), ("data", "document_mask"),
 )  # fmt: skip
 
 
@@ -262,8 +263,8 @@ class Checkpoints:
                 f"{path}: trained with another tokenizer than data.tokenizer ({self._config.data.tokenizer})."
             )
         if self._place.rank == 0:
-            for line in order_changes(description.config, self._config):
-                _LOG.warning("the order of samples is not the one of %s: %s", path, line)
+            for line in sample_changes(description.config, self._config):
+                _LOG.warning("samples or their order are not those of %s: %s", path, line)
 
     def _check_model(self, path: Path, description: CheckpointDescription, *, meaning: bool) -> None:
         try:
@@ -321,12 +322,14 @@ def _identity(model: ModelConfig) -> dict[str, Any]:
     return {**{name: getattr(model, name) for name in names}, **resolved}
 
 
-def order_changes(saved: dict[str, Any], config: Config) -> list[str]:
-    """List the settings that changed since a checkpoint and that decide which sample comes when."""
+def sample_changes(saved: dict[str, Any], config: Config) -> list[str]:
+    """List the settings that changed since a checkpoint and that decide which sample comes when, and what it is."""
     now = asdict(config)
     changes = []
-    for section, name in _ORDER:
-        before, after = saved.get(section, {}).get(name), now[section][name]
+    for section, name in _SAMPLES:
+        # A checkpoint from before a setting existed did what is its default now.
+        default = {field.name: field.default for field in fields(getattr(config, section))}[name]
+        before, after = saved.get(section, {}).get(name, default), now[section][name]
         if (list(before) if isinstance(before, list | tuple) else before) != (
             list(after) if isinstance(after, list | tuple) else after
         ):

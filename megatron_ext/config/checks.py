@@ -31,6 +31,9 @@ _ABOVE_ZERO = """model.layernorm_epsilon model.rotary_base model.init_method_std
     parallel.distributed_timeout_minutes data.max_epochs train.exit_duration_minutes
     optimizer.lr optimizer.adam_eps log.peak_tflops"""
 
+# How far the tokens that train_weights add up to may be from those that the run reads.
+_PLAN_TOLERANCE = 0.01
+
 
 def check_config(config: Config, *, world_size: int | None, files: bool = True) -> list[str]:
     """Find every problem of a configuration.
@@ -151,11 +154,49 @@ def _data(config: Config) -> Iterator[str]:
             yield f"data.train_weights ({weight}) must be greater than 0; leave out a prefix not wanted."
 
 
+def _plan(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.train_weights is not None and data.train_weights_unit == "tokens":
+        yield from plan_problem(config, sum(data.train_weights) / config.train.seq_length)
+
+
+def plan_problem(config: Config, planned_samples: float) -> Iterator[str]:
+    """Compare the samples that train_weights add up to, counted in tokens or epochs, with those that the run reads."""
+    train, data = config.train, config.data
+    if layout_checks.ramp_problem(config) is not None:
+        return
+    read = derived.samples_after(train, train.train_iters)
+    if abs(planned_samples - read) > _PLAN_TOLERANCE * planned_samples:
+        fitting = max(1, train.train_iters + round((planned_samples - read) / train.global_batch_size))
+        yield (
+            f"data.train_weights (in {data.train_weights_unit}) add up to "
+            f"{round(planned_samples * train.seq_length):,} tokens, and the run reads {read * train.seq_length:,}; "
+            f"set train.train_iters to {fitting}, or change the weights."
+        )
+
+
+def _document_mask(config: Config) -> Iterator[str]:
+    if config.data.document_mask == "none":
+        return
+    if not config.data.eod_mask_loss:
+        yield (
+            "data.document_mask (reset) needs data.eod_mask_loss: the token after an end of document begins another "
+            "one, which nothing before it can tell; set that to true too."
+        )
+    context = config.parallel.context_parallel_size
+    if context > 1:
+        yield (
+            f"data.document_mask (reset) does not go with parallel.context_parallel_size ({context}), whose ranks "
+            'share whole samples and not documents; use 1, or set data.document_mask to "none".'
+        )
+
+
 def _prefixes(name: str, prefixes: tuple[str, ...] | None) -> Iterator[str]:
     if prefixes is None:
         return
     if not prefixes:
-        yield f"data.{name} is empty; name at least one prefix."
+        hint = " or give a data.blend_file" if name == "train_data" else ""
+        yield f"data.{name} is empty; name at least one prefix{hint}."
     seen = set()
     for prefix in prefixes:
         if prefix.endswith((".bin", ".idx")):
@@ -254,6 +295,8 @@ def _ignoring(config: Config) -> tuple[tuple[str, str, bool, str], ...]:
             f"with parallel.recompute_granularity {parallel.recompute_granularity}",
         ),
         ("data", "split", data.valid_data is not None, "with data.valid_data"),
+        ("data", "train_weights_unit", data.train_weights is None, "without data.train_weights"),
+        ("data", "path_to_cache", data.sample_index == "lazy", "with data.sample_index lazy"),
         ("data", "valid_data", never_validates, 'with train.eval_interval "none"'),
         ("train", "eval_iters", never_validates, 'with train.eval_interval "none"'),
         (
@@ -300,6 +343,8 @@ _RULES: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     layout_checks.check_overlap: (),
     layout_checks.check_fp8: ("model", "parallel", "train"),
     _data: (),
+    _plan: ("train",),
+    _document_mask: (),
     _split: (),
     _schedule: ("train", "optimizer"),
     _checkpoints: ("checkpoint",),

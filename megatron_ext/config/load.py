@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 import tyro
 
+from megatron_ext.config.blend_file import read_blend
 from megatron_ext.config.tree import Config
 from megatron_ext.errors import ConfigError
 
@@ -57,7 +58,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: with every problem of the file, or else every problem of the overrides.
     """
-    return _override(Config, _read(path), overrides)
+    before = _read(path)
+    return read_blend(_override(Config, before, overrides), base=before.data)
 
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Config:
@@ -70,7 +72,7 @@ def config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> Co
     config = _build(Config, values, "", problems)
     if config is None:
         raise ConfigError([f"{source}: {problem}" for problem in problems])
-    return config
+    return read_blend(config)
 
 
 def parse_command_line(argv: Sequence[str], *, prog: str, description: str) -> CommandLine:
@@ -108,7 +110,8 @@ def parse_command_line(argv: Sequence[str], *, prog: str, description: str) -> C
         )
     if options.world_size is not None and options.world_size < 1:
         raise ConfigError(f"command line: --world_size ({options.world_size}) must be at least 1.")
-    return CommandLine(options.config, path, options.dry_run, options.world_size)
+    config = read_blend(options.config, base=defaults.config.data)
+    return CommandLine(config, path, options.dry_run, options.world_size)
 
 
 def find_config(name: str) -> Path:

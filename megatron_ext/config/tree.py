@@ -102,18 +102,26 @@ class DataConfig:
 
     tokenizer: str
     """Folder with the tokenizer.json that the data was made with."""
-    train_data: tuple[str, ...]
+    train_data: tuple[str, ...] = ()
     """Prefixes of .bin/.idx pairs (paths without the ending)."""
     train_weights: tuple[float, ...] | None = None
-    """Sampling weight of each prefix; default: one pass over all of them, in proportion to their size."""
+    """How much of each prefix is read, in train_weights_unit; default: one pass over all, in proportion to size."""
+    train_weights_unit: Literal["proportion", "tokens", "epochs"] = "proportion"
+    """What train_weights count; tokens and epochs are those of the whole run, and must add up to its length."""
+    blend_file: str | None = None
+    """TOML file with a [[source]] for each prefix and its weight, tokens or epochs; sets the three fields above."""
     valid_data: tuple[str, ...] | None = None
     """Prefixes for validation; default: the validation share of train_data, as split says."""
     split: str = "99,1"
     """Documents for training and for validation, in proportion, dealt evenly over each file. Not with valid_data."""
+    sample_index: Literal["gpt_dataset", "lazy"] = "gpt_dataset"
+    """gpt_dataset: documents shuffled, index arrays in a cache. lazy: windows of the file, shuffled; no arrays."""
     path_to_cache: str | None = None
     """Folder for index caches; default: cache/ beside each .bin."""
     eod_mask_loss: bool = False
     """Leave out of the loss the positions whose input is the end-of-document token."""
+    document_mask: Literal["none", "reset"] = "none"
+    """reset: attention and positions start anew after each end-of-document token. none: a sample is one piece."""
     max_epochs: float | None = None
     """Refuse a run that would pass over any source more often than this; default no limit."""
 

@@ -31,11 +31,36 @@ def micro_batch_samples(
 class Loader:
     """Delivers the micro batches of this rank, on its device."""
 
-    def __init__(self, samples: Samples, place: Place, *, micro_batch_size: int, seq_length: int) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        place: Place,
+        *,
+        micro_batch_size: int,
+        seq_length: int,
+        document_end: int | None = None,
+    ) -> None:
+        """Read from samples.
+
+        Args:
+            samples: what to read.
+            place: this rank's coordinates.
+            micro_batch_size: b.
+            seq_length: s.
+            document_end: id after which a new document begins, which sees nothing of those before it; None: a sample
+                is one piece.
+        """
         self.samples = samples
+        self.document_end = document_end
         self._place = place
         self._micro_batch_size = micro_batch_size
         self._seq_length = seq_length
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and length of the tokens of a micro batch: (b, s), or (1, b s) where documents are kept apart."""
+        rows, length = self._micro_batch_size, self._seq_length
+        return (rows, length) if self.document_end is None else (1, rows * length)
 
     def iteration(self, first: int, *, global_batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yield the micro batches of the iteration that starts at sample `first`.
@@ -53,7 +78,8 @@ class Loader:
             data_size=self._place.data_size,
         ):
             host = self._read(block, limit) if self._place.tensor_rank == 0 else None
-            yield share_batch(host, self._place, shape=(self._micro_batch_size, self._seq_length))
+            shape = (self._micro_batch_size, self._seq_length)
+            yield share_batch(host, self._place, shape=shape, document_end=self.document_end)
 
     def _read(self, block: range, limit: int | None) -> torch.Tensor:
         """Stack samples into [3, b, s] int64: tokens, labels, loss mask."""

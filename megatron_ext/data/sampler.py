@@ -12,10 +12,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 # Period of a weighted blend: weights are met exactly to 1/PERIOD, and within a period to one sample.
 PERIOD = 1 << 20
+# Places whose draws are computed together: numpy's cost per call, a few hundred microseconds in all, is shared by them.
+_PAGE = 1024
 _ROUNDS = 6
+
+Places = npt.NDArray[np.int64]
 
 
 class Permutation:
@@ -26,31 +31,35 @@ class Permutation:
     """
 
     def __init__(self, size: int, key: str) -> None:
-        assert size > 0, size
+        assert 0 < size <= 1 << 62, size
         self.size = size
         self._half_bits = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-        self._mask = (1 << self._half_bits) - 1
+        self._mask = np.uint32((1 << self._half_bits) - 1)
         digest = hashlib.sha256(key.encode()).digest()
-        self._keys = [int.from_bytes(digest[4 * i : 4 * i + 4], "little") | 1 for i in range(_ROUNDS)]
+        keys = [int.from_bytes(digest[4 * i : 4 * i + 4], "little") | 1 for i in range(_ROUNDS)]
+        self._keys = [(np.uint32(key), np.uint32(key ^ 0xC2B2AE35)) for key in keys]
 
-    def __getitem__(self, index: int) -> int:
-        """Map an index of [0, size) to its place."""
-        assert 0 <= index < self.size, (index, self.size)
-        while True:
-            left, right = index >> self._half_bits, index & self._mask
-            for key in self._keys:
-                left, right = right, left ^ (_mix(right, key) & self._mask)
-            index = (left << self._half_bits) | right
-            if index < self.size:
-                return index
+    def __getitem__(self, indices: Places) -> Places:
+        """Map indices of [0, size) to their places."""
+        places = self._step(indices)
+        while (outside := np.flatnonzero(places >= self.size)).size:
+            places[outside] = self._step(places[outside])
+        return places
+
+    def _step(self, indices: Places) -> Places:
+        left = (indices >> self._half_bits).astype(np.uint32)
+        right = indices.astype(np.uint32) & self._mask
+        for keys in self._keys:
+            left, right = right, left ^ (_mix(right, keys) & self._mask)
+        return (left.astype(np.int64) << self._half_bits) | right
 
 
-def _mix(value: int, key: int) -> int:
-    # Two multiply-xorshift steps, as in MurmurHash3's finaliser.
-    value = ((value + key) * 0x85EBCA6B) & 0xFFFFFFFF
-    value ^= value >> 13
-    value = (value * (key ^ 0xC2B2AE35)) & 0xFFFFFFFF
-    return value ^ (value >> 16)
+def _mix(value: npt.NDArray[np.uint32], keys: tuple[np.uint32, np.uint32]) -> npt.NDArray[np.uint32]:
+    # Two multiply-xorshift steps modulo 2^32, as in MurmurHash3's finaliser.
+    value = (value + keys[0]) * np.uint32(0x85EBCA6B)
+    value ^= value >> np.uint32(13)
+    value *= keys[1]
+    return value ^ (value >> np.uint32(16))
 
 
 class Draw(NamedTuple):
@@ -68,40 +77,63 @@ class Blend:
     """The infinite sequence of samples that a run reads from one or several sources.
 
     With weights, each source appears in proportion to its weight. Without, the sources are joined so that
-    each of their samples is read exactly once per pass, spread evenly. In the first pass over a source its
-    samples come in the source's own (shuffled) order; in each later pass in a new order. The interleaving is held as
-    arrays: 10 bytes a place, 2^20 places with weights, one per sample of a pass without.
+    each of their samples is read exactly once per pass, spread evenly. Each pass over a source has an order
+    of its own. Nothing is held but one page of draws, whatever the sources' sizes.
     """
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, *, seed: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float] | None, *, seed: int, first_computed_pass: int
+    ) -> None:
+        """Take what there is to draw from.
+
+        Args:
+            sizes: samples of each source.
+            weights: share of each source; None: each sample once.
+            seed: of the order.
+            first_computed_pass: passes from this one on are permuted here: 0, or 1 where the sources have a
+                shuffled order of their own, which the first pass then follows.
+        """
         assert sizes and all(size > 0 for size in sizes), sizes
         self.sizes = tuple(sizes)
         self._seed = seed
+        self._first_computed_pass = first_computed_pass
         self._permutations: dict[tuple[int, int], Permutation] = {}
-        if len(sizes) == 1:
-            self._sources = np.zeros(1, dtype=np.int16)
-        elif weights is None:
-            self._sources = _interleave(np.asarray(sizes, dtype=np.float64), sum(sizes), exact=self.sizes)
-        else:
-            shares = np.asarray(weights, dtype=np.float64)
-            self._sources = _interleave(shares, PERIOD, exact=None)
-        self._period = len(self._sources)
-        self._ordinals, self._per_period = _ordinals(self._sources, len(sizes))
+        self._counts = np.asarray(sizes, dtype=np.int64) if weights is None else _apportion(weights, PERIOD)
+        self._period = int(self._counts.sum())
+        self._page_key = (-1, -1)
+        self._page: tuple[list[int], list[int], list[int]] = ([], [], [])
 
     def __getitem__(self, k: int) -> Draw:
         """Find the k-th sample of the run, k >= 0."""
         periods, offset = divmod(k, self._period)
-        source = int(self._sources[offset])
-        ordinal = periods * int(self._per_period[source]) + int(self._ordinals[offset])
-        epoch, index = divmod(ordinal, self.sizes[source])
-        if epoch > 0:
-            index = self._permutation(source, epoch)[index]
-        return Draw(source, epoch, index)
+        number, place = divmod(offset, _PAGE)
+        if self._page_key != (periods, number):
+            self._page = self._compute_page(periods, number)
+            self._page_key = (periods, number)
+        sources, epochs, samples = self._page
+        return Draw(sources[place], epochs[place], samples[place])
+
+    def shares(self) -> list[float]:
+        """Give the share of the samples that comes from each source."""
+        return [float(count) / self._period for count in self._counts]
 
     def epochs(self, num_samples: int) -> list[float]:
         """Count the passes over each source that a run of this many samples makes."""
-        share = self._per_period / self._period
-        return [num_samples * float(s) / size for s, size in zip(share, self.sizes, strict=True)]
+        return [num_samples * share / size for share, size in zip(self.shares(), self.sizes, strict=True)]
+
+    def _compute_page(self, periods: int, number: int) -> tuple[list[int], list[int], list[int]]:
+        """Compute the sources, epochs and samples of a page of places."""
+        first = number * _PAGE
+        interleaved = interleave(self._counts, first, min(first + _PAGE, self._period))
+        sources = interleaved.sources
+        ordinals = periods * self._counts[sources] + interleaved.ordinals
+        epochs, samples = np.divmod(ordinals, np.asarray(self.sizes, dtype=np.int64)[sources])
+        for source in np.unique(sources):
+            for epoch in np.unique(epochs[sources == source]):
+                if epoch >= self._first_computed_pass:
+                    places = np.flatnonzero((sources == source) & (epochs == epoch))
+                    samples[places] = self._permutation(int(source), int(epoch))[samples[places]]
+        return sources.tolist(), epochs.tolist(), samples.tolist()
 
     def _permutation(self, source: int, epoch: int) -> Permutation:
         key = (source, epoch)
@@ -113,33 +145,43 @@ class Blend:
         return self._permutations[key]
 
 
-def _interleave(shares: np.ndarray, length: int, exact: Sequence[int] | None) -> np.ndarray:
-    """Spread sources evenly over `length` places: source i's j-th sample belongs at (j + 1/2) / count_i.
+class Interleaved(NamedTuple):
+    """A stretch of an interleaving."""
 
-    Returns:
-        [length] int16, the source of each place.
+    sources: Places
+    """Source of each place."""
+    ordinals: Places
+    """How many places of that source come before it."""
+
+
+def interleave(counts: Places, first: int, last: int) -> Interleaved:
+    """Compute the places [first, last) of an even interleaving in which source i has counts[i] places.
+
+    Source i's j-th place belongs at (j + 1/2) / counts[i] of the whole, so that up to any moment t in [0, 1] it has
+    had t counts[i] places, to within one half. Hence the place k lies within half the number of sources of
+    t = k / sum(counts), and only what lies there is put in order; equal positions go by the source's number.
     """
-    counts = np.asarray(exact) if exact is not None else _apportion(shares, length)
-    positions = np.concatenate([(np.arange(count) + 0.5) / max(count, 1) for count in counts])
-    sources = np.repeat(np.arange(len(counts), dtype=np.int16), counts)
-    return sources[np.argsort(positions, kind="stable")]
+    total, slack = int(counts.sum()), len(counts) / 2 + 1
+    below = _count_before((first - slack) / total, counts)
+    above = _count_before((last + slack) / total, counts)
+    sources = np.repeat(np.arange(len(counts)), above - below)
+    starts = np.cumsum(above - below) - (above - below)
+    ordinals = np.arange(len(sources)) - starts[sources] + below[sources]
+    order = np.argsort((ordinals + 0.5) / counts[sources], kind="stable")
+    order = order[first - int(below.sum()) :][: last - first]
+    return Interleaved(sources[order], ordinals[order])
 
 
-def _apportion(shares: np.ndarray, length: int) -> np.ndarray:
-    """Split `length` into whole counts in proportion to shares (largest remainders)."""
+def _count_before(moment: float, counts: Places) -> Places:
+    """Count each source's places before a moment (to within one, which `interleave` has slack for)."""
+    return np.clip(np.ceil(moment * counts - 0.5), 0, counts).astype(np.int64)
+
+
+def _apportion(weights: Sequence[float], length: int) -> Places:
+    """Split `length` into whole counts in proportion to weights (largest remainders)."""
+    shares = np.asarray(weights, dtype=np.float64)
     exact = shares / shares.sum() * length
     counts = np.floor(exact).astype(np.int64)
     for index in np.argsort(exact - counts, kind="stable")[::-1][: length - int(counts.sum())]:
         counts[index] += 1
     return counts
-
-
-def _ordinals(sources: np.ndarray, num_sources: int) -> tuple[np.ndarray, np.ndarray]:
-    """Number each source's places within a period; also count them."""
-    ordinals = np.empty(len(sources), dtype=np.int64)
-    counts = np.zeros(num_sources, dtype=np.int64)
-    for source in range(num_sources):
-        places = np.flatnonzero(sources == source)
-        ordinals[places] = np.arange(len(places))
-        counts[source] = len(places)
-    return ordinals, counts

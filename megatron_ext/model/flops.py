@@ -70,7 +70,8 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> FlopsPerToken:
     linear = 6 x weights of all matrix products, the output layer included (tied or not) and the embedding
     not: 2 operations per weight forward, 4 backward (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
     attention = 6 L s n d: 2 x 2 s n d forward, twice that backward, and half of all by the causal mask.
-    Recomputed activations, norms, softmax and the rows that pad the vocabulary do not count.
+    Recomputed activations, norms, softmax and the rows that pad the vocabulary do not count. Documents do not either:
+    with data.document_mask "reset" attention does less than this, so MFU reads too high by what it saves.
     """
     attention, mlp = layer_matrix_parameters(model)
     matrices = model.num_layers * (attention + mlp) + model.vocab_size * model.hidden_size

@@ -1,6 +1,6 @@
 """Layer specs: which modules a transformer layer is made of.
 
-Shapes: s sequence, b micro batch, n query heads and g query groups of this rank, d kv_channels.
+Shapes: s sequence, b micro batch, n query heads and g query groups of this rank, d kv_channels, t packed tokens.
 Megatron's activations are [s, b, h].
 """
 
@@ -61,7 +61,7 @@ class SDPAttention(torch.nn.Module):
     """Causal attention by torch's scaled_dot_product_attention, behind Megatron's core-attention interface.
 
     Grouped keys and values are used as they are (`enable_gqa`), not repeated, and the [s, s] scores are
-    never stored.
+    never stored. Packed documents are attended to one by one.
     """
 
     def __init__(
@@ -89,21 +89,30 @@ class SDPAttention(torch.nn.Module):
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Attend causally.
+        """Attend causally, within each document where there are several.
 
         Args:
-            query: [s, b, n, d].
-            key: [s, b, g, d].
-            value: [s, b, g, d].
+            query: [s, b, n, d]; packed [t, n, d], t tokens of all documents.
+            key: [s, b, g, d]; packed [t, g, d].
+            value: [s, b, g, d]; packed [t, g, d].
             attention_mask: must be None: the mask is causal.
             attn_mask_type: not used; the mask is causal.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: Megatron's PackedSeqParams; its cu_seqlens_q says where the documents begin.
 
         Returns:
-            [s, b, n * d].
+            [s, b, n * d]; packed [t, n * d].
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None and attention_bias is None
+        if packed_seq_params is None:
+            return self._attend(query, key, value)
+        # With a block-causal mask instead, torch on a CPU takes 60 times as long and 1.3 GB more for 16,384 tokens in
+        # documents of 256. Splitting, not slicing: the gradient of each slice would be as large as the whole.
+        lengths = packed_seq_params.cu_seqlens_q.diff().tolist()
+        documents = zip(*(t.unsqueeze(1).split(lengths) for t in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*document) for document in documents]).squeeze(1)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         query_bnsd, key_bgsd, value_bgsd = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         context_bnsd = F.scaled_dot_product_attention(
             query_bnsd,

@@ -1,4 +1,4 @@
-"""What a run would be, as text: the report of --dry_run. Neither torch nor any data file is touched."""
+"""What a run would be, as text: the report of --dry_run. No torch, and of the data files only their sizes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from megatron_ext.config.derived import model_parallel_size
 from megatron_ext.config.load import to_toml
 from megatron_ext.config.tree import Config
+from megatron_ext.data import usage
 from megatron_ext.model.flops import flops_per_token, padded_vocab_size, parameter_count
 from megatron_ext.model.memory import memory_of_stage
 from megatron_ext.optim.schedule import global_batch_size_at, learning_rate, samples_after, total_samples
@@ -41,6 +42,8 @@ def describe(config: Config, *, world_size: int | None, notes: Sequence[str] = (
         config.parallel.pipeline_model_parallel_size,
         config.parallel.context_parallel_size,
     )
+    uses = usage.estimate(config)
+    notes = [*notes, *usage.warnings(uses), *usage.problems(config, uses)]
     blocks = [
         ("configuration (file, then command line, then defaults)", to_toml(config).rstrip().splitlines()),
         ("model", _model(config)),
@@ -49,6 +52,10 @@ def describe(config: Config, *, world_size: int | None, notes: Sequence[str] = (
             _memory(config, world_size),
         ),
         ("batches", _batches(config, topology)),
+        (
+            "data (by the files' sizes and data.split; ? is of files that are not there)",
+            table(usage.rows(uses, seq_length=config.train.seq_length), usage.ALIGNMENT),
+        ),
         ("learning rate", _learning_rates(config)),
         (f"layout of {world_size} {'rank' if world_size == 1 else 'ranks'}", _layout(config, topology)),
     ]
@@ -61,7 +68,7 @@ def _model(config: Config) -> Iterator[str]:
     model, length = config.model, config.train.seq_length
     count, flops = parameter_count(model), flops_per_token(model, length)
     rows = padded_vocab_size(model)
-    yield from _table(
+    yield from table(
         [
             ("parameters", f"{count.total:,}"),
             *((f"  {part}", f"{number:,}") for part, number in count._asdict().items()),
@@ -81,7 +88,7 @@ def _memory(config: Config, world_size: int) -> Iterator[str]:
     for stage in range(stages):
         estimate = memory_of_stage(config, world_size=world_size, stage=stage)
         rows.append([str(stage), *(f"{part:.2f}" for part in (*estimate, estimate.total))])
-    yield from _table(rows, ">>>>>>")
+    yield from table(rows, ">>>>>>")
 
 
 def _batches(config: Config, topology: Topology) -> Iterator[str]:
@@ -104,7 +111,7 @@ def _batches(config: Config, topology: Topology) -> Iterator[str]:
     if train.exit_iters is not None:
         stopped = samples_after(train, train.exit_iters) * train.seq_length
         rows.append((f"tokens when it stops, after {train.exit_iters:,} iterations", f"{stopped:,}"))
-    yield from _table(rows, "<>")
+    yield from table(rows, "<>")
 
 
 def _learning_rates(config: Config) -> Iterator[str]:
@@ -119,7 +126,7 @@ def _learning_rates(config: Config) -> Iterator[str]:
         consumed = samples_after(train, iteration - 1)
         rate = learning_rate(optimizer, train, consumed)
         rows.append((f"{iteration:,}", f"{consumed * train.seq_length:,}", f"{rate:.4e}"))
-    yield from _table(rows, ">>>")
+    yield from table(rows, ">>>")
 
 
 def _layout(config: Config, topology: Topology) -> Iterator[str]:
@@ -135,7 +142,7 @@ def _layout(config: Config, topology: Topology) -> Iterator[str]:
         layers = layers_of_stage(config.model.num_layers, stages, chunks, stage)
         first = stage * per_stage
         rows.append((str(stage), _span(first, per_stage), ", ".join(_span(run.start, len(run)) for run in layers)))
-    yield from _table(rows, "><<")
+    yield from table(rows, "><<")
     if topology.world_size > _LONGEST_RANK_TABLE:
         sharing = topology.tensor_model_parallel_size * topology.context_parallel_size
         yield (
@@ -147,14 +154,15 @@ def _layout(config: Config, topology: Topology) -> Iterator[str]:
     for rank in range(topology.world_size):
         place = topology.coordinates(rank)
         ranks.append((str(rank), str(place.tp), str(place.cp), str(place.dp), str(place.pp)))
-    yield from _table(ranks, ">>>>>")
+    yield from table(ranks, ">>>>>")
 
 
 def _span(first: int, length: int) -> str:
     return str(first) if length == 1 else f"{first}-{first + length - 1}"
 
 
-def _table(rows: Sequence[Sequence[str]], alignment: str) -> Iterator[str]:
+def table(rows: Sequence[Sequence[str]], alignment: str) -> Iterator[str]:
+    """Lay out rows in columns, each aligned as Python's format does by `<` or `>`."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = zip(row, alignment, widths, strict=True)

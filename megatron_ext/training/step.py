@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import tee
 from typing import Any
 
 import torch
@@ -88,14 +89,15 @@ def run_micro_batches(machine: Machine, batches: Iterator[Batch], *, samples: in
 
     config, chunks = machine.config, machine.model.wrapped
     num_microbatches = samples // (config.train.micro_batch_size * machine.place.data_size)
-    # One chunk at most reads on a rank; the others' iterators stay untouched. Interleaving wants a list.
+    rows, length = machine.loader.shape
     stores = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=[batches] * len(chunks) if len(chunks) > 1 else batches,
+        forward_step_func=partial(forward_step, every_stage_reads=machine.loader.document_end is not None),
+        # Interleaving wants a list. Chunks take turns, and each one that reads must see every micro batch.
+        data_iterator=list(tee(batches, len(chunks))) if len(chunks) > 1 else batches,
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=num_microbatches,
-        seq_length=config.train.seq_length,
-        micro_batch_size=config.train.micro_batch_size,
+        seq_length=length,
+        micro_batch_size=rows,
         forward_only=forward_only,
     )
     totals = torch.zeros(2, dtype=torch.float64, device=device.current())
@@ -107,18 +109,24 @@ def run_micro_batches(machine: Machine, batches: Iterator[Batch], *, samples: in
 
 
 def forward_step(
-    batches: Iterator[Batch], chunk: Any
+    batches: Iterator[Batch], chunk: Any, *, every_stage_reads: bool
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]]:
     """Run one micro batch through one chunk, as Megatron's schedules call it.
+
+    Args:
+        batches: the micro batches for this chunk.
+        chunk: the wrapped chunk.
+        every_stage_reads: stages between the first and the last need the batch too, to know where documents begin.
 
     Returns:
         The chunk's output (token losses [b, s] fp32 on the last stage, activations elsewhere) and the loss function.
     """
     bare = _unwrap(chunk)
-    if not (bare.pre_process or bare.post_process):
+    if not (bare.pre_process or bare.post_process or every_stage_reads):
         return chunk(None, None, None), _no_loss
     batch = next(batches)
-    output = chunk(batch.tokens, batch.position_ids, None, labels=batch.labels if bare.post_process else None)
+    labels = batch.labels if bare.post_process else None
+    output = chunk(batch.tokens, batch.position_ids, None, labels=labels, packed_seq_params=batch.documents)
     return output, partial(_masked_loss, batch.loss_mask)
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,8 +29,9 @@ from megatron_ext.parallel import device, groups
 from megatron_ext.parallel.launch import single_process
 
 
-def our_logits(run: Path, tokens: torch.Tensor, overrides: Sequence[str]) -> torch.Tensor:
-    """Run the checkpoint as training would, [b, s, v] float32."""
+@contextmanager
+def our_model(run: Path, overrides: Sequence[str]) -> Iterator[Any]:
+    """Build a run's GPTModel as training would, with the weights of its checkpoint, for evaluation."""
     config = load_config(run / "config.toml", overrides)
     place = groups.initialize(config.parallel, single_process(), seed=1)
     chunks = build_model(config)
@@ -41,10 +44,15 @@ def our_logits(run: Path, tokens: torch.Tensor, overrides: Sequence[str]) -> tor
         tokenizer_sha256="",
     )
     checkpoints.load_weights(layout.resolve(run))
-    positions = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
-    logits = chunks[0].eval()(tokens, positions, None)
+    yield chunks[0].eval()
     groups.destroy()
-    return logits.float()[..., : config.model.vocab_size]
+
+
+def our_logits(run: Path, tokens: torch.Tensor, overrides: Sequence[str]) -> torch.Tensor:
+    """Run the checkpoint, [b, s, v] float32."""
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand(tokens.shape)
+    with our_model(run, overrides) as model:
+        return model(tokens, positions, None).float()[..., : model.true_vocab_size]
 
 
 def their_logits(folder: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

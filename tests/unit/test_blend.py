@@ -16,9 +16,10 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_ext.config.tree import Config
-from megatron_ext.data.blend import DataSplits, Samples, build_samples, sequences_of_part
+from megatron_ext.data.blend import DataSplits, Samples, build_samples
 from megatron_ext.data.indexed import IndexedWriter
 from megatron_ext.data.manifest import Manifest, TokenizerRecord, write_manifest
+from megatron_ext.data.split import sequences_of_part
 from megatron_ext.data.tokenizer import Tokenizer
 from megatron_ext.errors import DataError
 
@@ -75,40 +76,6 @@ def positions(samples: Samples) -> list[int]:
 def single_sequences(documents: int) -> np.ndarray:
     """Document index of a file whose documents are one sequence each."""
     return np.arange(documents + 1)
-
-
-@pytest.mark.parametrize("shares", [(99.0, 1.0), (1.0, 1.0), (90.0, 10.0), (100.0, 0.0)])
-def test_split_gives_every_document_to_exactly_one_part(shares):
-    parts = [sequences_of_part(single_sequences(5000), part, shares) for part in (0, 1)]
-    assert sorted(np.concatenate(parts).tolist()) == list(range(5000))
-
-
-def test_split_gives_each_part_its_share():
-    valid = sequences_of_part(single_sequences(100_000), 1, (99.0, 1.0))
-    # A golden-ratio sequence strays from its share by at most a few times log(N)/N (discrepancy bound).
-    assert abs(len(valid) - 1000) <= 10
-
-
-def test_split_takes_validation_evenly_from_the_whole_file():
-    valid = sequences_of_part(single_sequences(100_000), 1, (99.0, 1.0))
-    per_stretch = np.bincount(valid // 2000, minlength=50)
-    assert per_stretch.min() >= 17 and per_stretch.max() <= 23
-
-
-@pytest.mark.parametrize("period", [2, 3, 5, 10, 100])
-def test_split_of_a_file_that_alternates_its_sources_takes_all_alike(period):
-    valid = sequences_of_part(single_sequences(100 * 1000), 1, (90.0, 10.0))
-    per_source = np.bincount(valid % period, minlength=period) / (10_000 / period)
-    assert per_source.min() > 0.9 and per_source.max() < 1.1
-
-
-def test_split_keeps_the_sequences_of_a_document_together():
-    # Document d has d % 4 sequences, some none.
-    counts = np.arange(400) % 4
-    index = np.concatenate([[0], np.cumsum(counts)])
-    owner = np.repeat(np.arange(400), counts)
-    train, valid = (set(owner[sequences_of_part(index, part, (1.0, 1.0))].tolist()) for part in (0, 1))
-    assert train and valid and train.isdisjoint(valid)
 
 
 def test_split_with_validation_files_of_their_own_trains_on_every_document(opened, source):

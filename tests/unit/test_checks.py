@@ -248,7 +248,22 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         "data.train_weights (0.0) must be greater than 0; leave out a prefix not wanted.",
         {"data__train_weights": [1.0, 0.0]},
     ),
-    ("data.train_data is empty; name at least one prefix.", {"data__train_data": []}),
+    ("data.train_data is empty; name at least one prefix or give a data.blend_file.", {"data__train_data": []}),
+    ("data.valid_data is empty; name at least one prefix.", {"data__valid_data": []}),
+    (
+        # 1000 iterations of 512 samples of 2048 tokens
+        "data.train_weights (in tokens) add up to 2,000,000,000 tokens, and the run reads 1,048,576,000; set "
+        "train.train_iters to 1907, or change the weights.",
+        {"data__train_weights": [1.5e9, 0.5e9], "data__train_weights_unit": "tokens"},
+    ),
+    (
+        "data.train_weights_unit (tokens) has no effect without data.train_weights; leave it out or change that.",
+        {"data__train_weights_unit": "tokens"},
+    ),
+    (
+        "data.path_to_cache (cache) has no effect with data.sample_index lazy; leave it out or change that.",
+        {"data__sample_index": "lazy", "data__path_to_cache": "cache"},
+    ),
     (
         "data.train_data (prose.bin) must be a prefix; leave the ending away: prose.",
         {"data__train_data": ["prose.bin"]},
@@ -351,6 +366,16 @@ def test_check_config_bad_setting_gives_its_message(message: str, changes: dict[
 
 def test_check_config_sound_configuration_has_no_problem() -> None:
     assert problems() == []
+
+
+@pytest.mark.parametrize("tokens", [1.04e9, 1.05e9])
+def test_check_config_planned_tokens_close_to_those_of_the_run_are_accepted(tokens: float) -> None:
+    changes = {"data__train_weights": [tokens - 1e8, 1e8], "data__train_weights_unit": "tokens"}
+    assert problems(**changes) == []
+
+
+def test_check_config_proportions_need_not_add_up_to_anything() -> None:
+    assert problems(data__train_weights=[3.0, 4.0]) == []
 
 
 def test_check_config_three_mistakes_are_listed_at_once() -> None:

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_ext.config.load import load_config
 from megatron_ext.config.tree import Config
+from megatron_ext.data.indexed import IndexedWriter
 from megatron_ext.training.describe import describe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +92,23 @@ def test_describe_early_stop_tells_the_tokens_at_it() -> None:
 def test_describe_ramp_up_tells_the_first_batch() -> None:
     config = load_config(PINTS, ["--train.rampup_batch_size", "64", "64", "100000"])
     assert "at the start of the ramp-up 131,072" in lines(describe(config, world_size=8))
+
+
+def test_describe_data_that_is_not_there_shows_what_its_weights_say(pints: Config) -> None:
+    config = load_config(PINTS, ["--data.train_data", "no/a", "no/b", "--data.train_weights", "3", "1"])
+    report = lines(describe(config, world_size=8))
+    assert "no/a ? ? 75,639,029,760 75.00% ?" in report and "no/b ? ? 25,213,009,920 25.00% ?" in report
+
+
+def test_describe_data_that_is_there_shows_its_passes(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "a", dtype=np.dtype("<u2")) as writer:
+        writer.add_document(np.zeros(2049 * 100, dtype=np.uint16))
+        writer.publish()
+    config = load_config(PINTS, ["--data.train_data", str(tmp_path / "a"), "--data.split", "100,0"])
+    report = describe(config, world_size=8)
+    row = next(line.split() for line in report.splitlines() if line.split()[:1] == [f"{tmp_path}/a"])
+    assert row[1:] == ["204,800", "100", "100,852,039,680", "100.00%", "492441.60"]
+    assert f"{tmp_path}/a is read 492441.6 times: beyond about 4 passes" in report
 
 
 def test_describe_unknown_world_size_takes_one_replica_and_says_so() -> None:

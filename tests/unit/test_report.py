@@ -16,7 +16,9 @@ from megatron_ext.training.state import TrainState
 @pytest.fixture
 def data() -> DataSplits:
     # 5 iterations of 8 samples: 20 of each source, so 2 passes over a and 0.5 over b.
-    return DataSplits(Samples(["data/a", "data/b"], [None, None], Blend([10, 40], [1.0, 1.0], seed=1)), None)
+    return DataSplits(
+        Samples(["data/a", "data/b"], [None, None], Blend([10, 40], [1.0, 1.0], seed=1, first_computed_pass=1)), None
+    )
 
 
 @pytest.fixture
@@ -31,8 +33,19 @@ def lines(tiny_config, data, one_process, caplog):
 
 
 def test_report_names_the_passes_over_each_source(lines):
-    text = lines()
-    assert "data/a: 10 samples, 2.00 passes" in text and "data/b: 40 samples, 0.50 passes" in text
+    rows = [line.split() for line in lines().splitlines()]
+    a, b = (next(row[row.index(prefix) :] for row in rows if prefix in row) for prefix in ("data/a", "data/b"))
+    # tokens and samples of one pass; tokens, share and passes of the run
+    assert a == ["data/a", "160", "10", "320", "50.00%", "2.00"]
+    assert b == ["data/b", "640", "40", "320", "50.00%", "0.50"]
+
+
+def test_report_warns_of_a_source_that_is_read_many_times(lines):
+    assert "data/a is read 10.0 times: beyond about 4 passes" in lines("--train.train_iters", "25")
+
+
+def test_report_of_few_passes_warns_of_nothing(lines):
+    assert "beyond about" not in lines()
 
 
 def test_report_of_the_tiny_model_counts_its_parameters(lines):
@@ -50,7 +63,7 @@ def test_report_of_a_new_run_says_nothing_of_continuing(lines):
 
 
 def test_passes_within_the_limit_are_allowed(lines):
-    assert "passes over the run" in lines("--data.max_epochs", "2")
+    assert "data/a" in lines("--data.max_epochs", "2")
 
 
 def test_passes_above_the_limit_are_refused_naming_the_source(lines):

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.checkpoint import layout
 from megatron_ext.checkpoint.layout import CheckpointDescription
-from megatron_ext.checkpoint.save_load import Checkpoints, Progress, order_changes
+from megatron_ext.checkpoint.save_load import Checkpoints, Progress, sample_changes
 from megatron_ext.config.tree import Config
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.gpt import build_model, wrap_for_training
@@ -317,13 +317,13 @@ def test_default_spelt_out_is_no_difference(build):
 
 
 def test_order_of_samples_of_the_same_configuration_is_the_same(tiny_config):
-    assert order_changes(asdict(tiny_config()), tiny_config()) == []
+    assert sample_changes(asdict(tiny_config()), tiny_config()) == []
 
 
 def test_order_of_samples_read_from_json_is_the_same(tiny_config):
     saved = asdict(tiny_config())
     saved["data"]["train_data"] = list(saved["data"]["train_data"])  # JSON has no tuples
-    assert order_changes(saved, tiny_config()) == []
+    assert sample_changes(saved, tiny_config()) == []
 
 
 @pytest.mark.parametrize(
@@ -333,10 +333,21 @@ def test_order_of_samples_read_from_json_is_the_same(tiny_config):
         (("--train.seq_length", "8"), "train.seq_length 16 -> 8"),
         (("--data.split", "80,20"), "data.split 90,10 -> 80,20"),
         (("--data.train_weights", "1", "2"), "data.train_weights None -> (1.0, 2.0)"),
+        (("--data.sample_index", "lazy"), "data.sample_index gpt_dataset -> lazy"),
+        (("--data.eod_mask_loss", "True"), "data.eod_mask_loss False -> True"),
     ],
 )
-def test_setting_that_changes_the_order_of_samples_is_named(overrides, change, tiny_config):
-    assert order_changes(asdict(tiny_config()), tiny_config(*overrides)) == [change]
+def test_setting_that_changes_the_samples_is_named(overrides, change, tiny_config):
+    assert sample_changes(asdict(tiny_config()), tiny_config(*overrides)) == [change]
+
+
+def test_setting_that_a_checkpoint_does_not_know_yet_was_the_default(tiny_config):
+    saved = asdict(tiny_config())
+    del saved["data"]["sample_index"]
+    assert sample_changes(saved, tiny_config()) == []
+    assert sample_changes(saved, tiny_config("--data.sample_index", "lazy")) == [
+        "data.sample_index gpt_dataset -> lazy"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +360,7 @@ def test_setting_that_changes_the_order_of_samples_is_named(overrides, change, t
     ],
 )
 def test_setting_that_leaves_the_order_of_samples_alone_is_not_named(overrides, tiny_config):
-    assert order_changes(asdict(tiny_config()), tiny_config(*overrides)) == []
+    assert sample_changes(asdict(tiny_config()), tiny_config(*overrides)) == []
 
 
 def test_resume_with_another_seed_warns_of_the_order(build, caplog):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
@@ -107,6 +108,57 @@ def test_sdpa_looks_at_no_later_position(transformer, inputs):
         inputs.value[7:] -= 5
     after = attend(SDPAttention, transformer, inputs)
     assert torch.equal(after[:7], before[:7]) and not torch.equal(after[7:], before[7:])
+
+
+# Documents of 36 packed tokens: of one token each, of different lengths, and all in one.
+PACKINGS = {"single_tokens": [1] * 36, "uneven": [5, 1, 17, 3, 10], "one": [36]}
+
+
+def attend_packed(transformer, inputs: Inputs, lengths: list[int]) -> torch.Tensor:
+    """Attend to the [s, b, ...] inputs as s b packed tokens; returns [t, n d]."""
+    module = SDPAttention(transformer, 1, AttnMaskType.causal, "self")
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=starts, cu_seqlens_kv=starts)
+    return module(*(t.flatten(0, 1) for t in inputs), attention_mask=None, packed_seq_params=packed)
+
+
+def attend_masked(inputs: Inputs, lengths: list[int]) -> torch.Tensor:
+    """Attend under a block-causal mask, with softmax over all packed tokens in float64; returns [t, n d]."""
+    query, key, value = (t.flatten(0, 1).double() for t in inputs)
+    key, value = (t.repeat_interleave(HEADS // t.size(1), dim=1) for t in (key, value))
+    document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    places = torch.arange(len(document))
+    seen = (document[:, None] == document) & (places[:, None] >= places)
+    scores = torch.einsum("tnd,und->ntu", query, key) / math.sqrt(WIDTH)
+    shares = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("ntu,und->tnd", shares, value).flatten(1)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_sdpa_over_packed_documents_gives_the_block_causal_softmax(packing, transformer, inputs):
+    found = attend_packed(transformer, inputs, PACKINGS[packing])
+    torch.testing.assert_close(found.double(), attend_masked(inputs, PACKINGS[packing]), **TOLERANCE)
+
+
+@pytest.mark.parametrize("which", Inputs._fields)
+def test_sdpa_over_packed_documents_gives_the_gradient_of_the_block_causal_softmax(which, transformer, inputs):
+    lengths = PACKINGS["uneven"]
+    weights = torch.randn(S * B, HEADS * WIDTH, generator=torch.Generator().manual_seed(4))
+    found, expected = (
+        torch.autograd.grad((attended * weights).sum(), getattr(inputs, which))[0]
+        for attended in (attend_packed(transformer, inputs, lengths), attend_masked(inputs, lengths))
+    )
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_sdpa_over_packed_documents_leaves_a_document_alone_when_another_changes(transformer, inputs):
+    lengths = PACKINGS["uneven"]  # the third one begins at 6 and ends at 23
+    before = attend_packed(transformer, inputs, lengths)
+    with torch.no_grad():
+        inputs.key.flatten(0, 1)[6:23] += 5
+    after = attend_packed(transformer, inputs, lengths)
+    changed = (after != before).any(1)
+    assert not changed[:6].any() and changed[7:23].all() and not changed[23:].any()
 
 
 def test_sdpa_returns_heads_side_by_side(transformer, inputs):
