@@ -8,7 +8,7 @@ JOBS ?= 2
 ARGS ?=
 
 BIN := $(VENV)/bin
-SCRIPTS := .ci/run .ci/venv.sh $(wildcard slurm/*.sbatch)
+SCRIPTS := .ci/run .ci/venv.sh $(wildcard slurm/*.sbatch slurm/*.sh)
 
 .PHONY: help demo test check format bench doctor venv venv-dev clean
 .DEFAULT_GOAL := help

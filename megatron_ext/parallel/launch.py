@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_ext.errors import LaunchError
 
@@ -48,6 +48,21 @@ class Launch:
     master_port: int
     """Port that rank 0 listens on. 0: still to be chosen."""
     launcher: Literal["torchrun", "srun", "mpiexec", "bare"]
+
+
+class Job(NamedTuple):
+    """What the scheduler's job says of itself to the ranks in it."""
+
+    end_time: float | None = None
+    """When the scheduler will end it, in seconds since 1970; None: it has no limit, or nobody says."""
+    record: Path | None = None
+    """Where its batch script reads how the run ended; None: nobody asks."""
+
+
+def find_job() -> Job:
+    """Read what Slurm or `slurm/pretrain.sbatch` say of the job; an empty one outside of Slurm."""
+    end_time, record = os.environ.get("SLURM_JOB_END_TIME", ""), os.environ.get("MEGAPINTS_JOB_RECORD")
+    return Job(float(end_time) if end_time.isdigit() else None, Path(record) if record else None)
 
 
 def find_launch() -> Launch:

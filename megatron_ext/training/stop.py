@@ -1,45 +1,121 @@
-"""Why a run stops: it is done, its time is up, or somebody asked."""
+"""Why a run stops: it is done, its time is up, its job's time is up, or somebody asked."""
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
+from multiprocessing import resource_tracker
 from types import FrameType
+from typing import Literal, NamedTuple
 
 from megatron_ext.config.tree import TrainConfig
+from megatron_ext.durable import write_whole
 from megatron_ext.parallel import groups
+from megatron_ext.parallel.launch import Job
 from megatron_ext.training.state import TrainState
 
+_LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Time kept free for the last save while no save has been measured: this share of what the job has left at the start,
+# so that a job of five minutes trains too, and at most this much.
+_LEAD_SHARE, _LEAD_SECONDS = 0.05, 600.0
+
+
+class Reason(NamedTuple):
+    """Why to stop, and whether that is the end."""
+
+    outcome: Literal["finished", "stopped"]
+    """finished: this is as far as the configuration goes; stopped: the run is to be continued."""
+    text: str
 
 
 class Stop:
-    """Decides, on all ranks alike, whether the loop goes on. A signal only sets a flag, so the iteration ends first."""
+    """Decides, on all ranks alike, whether the loop goes on. A signal is only noted, so the iteration ends first."""
 
-    def __init__(self, train: TrainConfig) -> None:
+    def __init__(self, train: TrainConfig, job: Job | None = None) -> None:
+        """Note when to stop, and begin to catch signals.
+
+        SIGTERM and SIGUSR1 stay blocked, here and in every process started from now on: Slurm sends them to all
+        processes of a task, and one that a save needs (Megatron's queue of write results lives in its own) would
+        die of them.
+        """
+        job = Job() if job is None else job
         self._last = train.train_iters if train.exit_iters is None else train.exit_iters
-        self._deadline = (
-            None if train.exit_duration_minutes is None else time.monotonic() + 60.0 * train.exit_duration_minutes
-        )
+        begin = time.monotonic()
+        self._deadline = None if train.exit_duration_minutes is None else begin + 60.0 * train.exit_duration_minutes
+        left = None if job.end_time is None else job.end_time - time.time()
+        self._job_end = None if left is None else begin + left
+        self._lead = 0.0 if left is None else min(_LEAD_SHARE * max(left, 0.0), _LEAD_SECONDS)
+        self._slowest_round = 0.0
+        self._last_check: float | None = None
+        self._record = job.record
+        self._first: int | None = None
         self._signal: int | None = None
         for number in _SIGNALS:
             signal.signal(number, self._remember)
+        resource_tracker.ensure_running()  # where it starts later, it leaves SIGTERM unblocked (Python 3.11, 3.12)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
     def check(self, state: TrainState) -> str | None:
-        """Say why to stop before the next iteration, or None to go on. Every rank calls it."""
-        if state.iteration >= self._last:
-            return f"finished: {state.iteration} iterations"
-        asked = self._signal is not None
-        late = self._deadline is not None and time.monotonic() >= self._deadline
-        if not groups.any_rank(asked or late):
-            return None
-        reasons = [reason for reason in groups.gather_objects(self._reason(late)) if reason]
-        return reasons[0]
+        """Say why to stop before the next iteration, or None to go on. Every rank calls it.
 
-    def _reason(self, late: bool) -> str | None:
-        if self._signal is not None:
-            return f"asked by {signal.Signals(self._signal).name}"
-        return "train.exit_duration_minutes has passed" if late else None
+        The first call and the last also go into the job's record.
+        """
+        self._time_round()
+        reason = self._find(state)
+        if self._first is None:
+            self._first = state.iteration
+            self._tell("running", state)
+        if reason is None:
+            return None
+        self._tell(reason.outcome, state, reason.text)
+        return reason.text
+
+    def _find(self, state: TrainState) -> Reason | None:
+        if state.iteration >= self._last:
+            return Reason("finished", f"finished: {state.iteration} iterations")
+        mine = self._own_reason()
+        if not groups.any_rank(mine is not None):
+            return None
+        found: list[Reason | None] = groups.gather_objects(mine)
+        return next(reason for reason in found if reason is not None)
+
+    def _own_reason(self) -> Reason | None:
+        asked = self._signal or max(signal.sigpending().intersection(_SIGNALS), default=None)
+        if asked is not None:
+            return Reason("stopped", f"asked by {signal.Signals(asked).name}")
+        now = time.monotonic()
+        if self._job_end is not None and now >= self._job_end - self._needed():
+            return Reason("stopped", f"the job ends in {self._job_end - now:.0f} s")
+        if self._deadline is not None and now >= self._deadline:
+            return Reason("finished", "train.exit_duration_minutes has passed")
+        return None
+
+    def _needed(self) -> float:
+        """Seconds before the job's end at which another iteration is one too many.
+
+        Twice the longest time that an iteration took, with the validation and the save that went with it: one for the
+        iteration, one for the last save.
+        """
+        return max(self._lead, 2 * self._slowest_round)
+
+    def _time_round(self) -> None:
+        now = time.monotonic()
+        if self._last_check is not None:
+            self._slowest_round = max(self._slowest_round, now - self._last_check)
+        self._last_check = now
+
+    def _tell(self, outcome: str, state: TrainState, why: str = "") -> None:
+        """Write one line for the batch script: outcome, iteration at the start, iteration now, why."""
+        if self._record is None or groups.where_am_i().rank != 0:
+            return
+        try:
+            write_whole(self._record, f"{outcome} {self._first} {state.iteration} {why}".rstrip() + "\n")
+        except OSError as error:
+            # No reason to lose what was trained: the job will only not be requeued.
+            _LOG.warning("%s: cannot be written (%s); the job will not go on by itself", self._record, error.strerror)
 
     def _remember(self, number: int, _: FrameType | None) -> None:
+        # Reached through a thread older than this object, in which the signal is not blocked.
         self._signal = number

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 # The first node bears the machine's own name, so that rank 0 is found under its node's name as on a cluster.
 # cred_expire: a requeued job waits until its credential has expired, two minutes by default.
 # FirstJobId: rank 0's port follows from the job's number, and two clusters may share this machine (pytest -n 2).
+# sched_interval: the scheduler looks once a minute by default, and a requeued job waits for it.
 # config_overrides: a node has the CPUs that are written here, on a machine of one core too.
 CONFIGURATION = """
 ClusterName=megapints
@@ -55,6 +56,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
 MpiDefault=none
 KillWait=5
@@ -109,6 +111,7 @@ class Job:
     state: str
     exit_code: str
     """EXIT:SIGNAL, as Slurm writes it."""
+    restarts: int
     log: str
 
 
@@ -129,14 +132,28 @@ class Slurm:
 
     def submit(self, *command: str, log: Path, **variables: str) -> Job:
         """Give sbatch this command line in the checkout, wait until the job has ended, and read its log."""
+        return self.finish(self.start(*command, log=log, **variables), log=log)
+
+    def start(self, *command: str, log: Path, **variables: str) -> str:
+        """Give sbatch this command line in the checkout, and return the job's number."""
         submitted = self.run("sbatch", "--parsable", f"--output={log}", *command, **variables)
         assert submitted.returncode == 0, submitted.stderr
-        deadline = time.monotonic() + JOB_SECONDS
+        return submitted.stdout.strip()
+
+    def finish(self, number: str, *, log: Path) -> Job:
+        """Wait until a job has ended for good, and read its log."""
         # `sbatch --wait` would look every ten seconds only.
-        while (job := self._job(submitted.stdout.strip()))["JobState"] in GOING_ON:
-            assert time.monotonic() < deadline, f"job not ended after {JOB_SECONDS} s: {job}\n{self.logs()}"
+        self.wait_until(lambda: self._job(number)["JobState"] not in GOING_ON, log=log)
+        job = self._job(number)
+        return Job(job["JobState"], job["ExitCode"], int(job["Restarts"]), log.read_text() if log.exists() else "")
+
+    def wait_until(self, condition: Callable[[], bool], *, log: Path) -> None:
+        """Wait for something that a job does."""
+        deadline = time.monotonic() + JOB_SECONDS
+        while not condition():
+            said = log.read_text() if log.exists() else ""
+            assert time.monotonic() < deadline, f"waited for {JOB_SECONDS} s\n{said}\n{self.logs()}"
             time.sleep(0.3)
-        return Job(job["JobState"], job["ExitCode"], log.read_text() if log.exists() else "")
 
     def _job(self, number: str) -> dict[str, str]:
         shown = self.run("scontrol", "--oneliner", "show", "job", number)

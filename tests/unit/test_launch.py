@@ -11,10 +11,12 @@ import pytest
 from megatron_ext.errors import LaunchError
 from megatron_ext.parallel import launch as launch_module
 from megatron_ext.parallel.launch import (
+    Job,
     Launch,
     cuda_is_visible,
     expand_nodelist,
     expand_tasks_per_node,
+    find_job,
     find_launch,
     free_port,
     launched,
@@ -417,3 +419,18 @@ def test_recorded_environment_leaves_secrets_out():
 def test_launch_module_does_not_import_torch():
     code = "import sys, megatron_ext.parallel.launch; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_job_is_found_in_what_slurm_and_its_batch_script_say(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
+    monkeypatch.setenv("MEGAPINTS_JOB_RECORD", "/runs/.job-17")
+    assert find_job() == Job(1.8e9, Path("/runs/.job-17"))
+
+
+@pytest.mark.parametrize("end_time", [None, "", "Unknown", "NONE"])
+def test_job_without_an_end_has_none(end_time, monkeypatch):
+    monkeypatch.delenv("MEGAPINTS_JOB_RECORD", raising=False)
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    if end_time is not None:
+        monkeypatch.setenv("SLURM_JOB_END_TIME", end_time)
+    assert find_job() == Job()

@@ -1,14 +1,19 @@
-"""Why a run stops: its length, its time, a signal."""
+"""Why a run stops: its length, its time, its job's time, a signal. What the job's record then says."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
+from megatron_ext.parallel.launch import Job
 from megatron_ext.training import stop as stop_module
 from megatron_ext.training.state import TrainState
 from megatron_ext.training.stop import Stop
@@ -18,9 +23,11 @@ pytestmark = pytest.mark.usefixtures("one_process")
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Put the signal handlers back that a Stop replaces."""
+    """Put back the signal handlers that a Stop replaces, and the mask that it sets."""
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     yield
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # what a test left pending comes to the Stop's handler now
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -94,3 +101,124 @@ def test_finished_run_says_so_even_when_asked_to_stop(train):
     stop = Stop(train())
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.check(TrainState(iteration=20)) == "finished: 20 iterations"
+
+
+# --- the job's end -----------------------------------------------------------------------------------------------
+
+
+def job(seconds: float) -> Job:
+    """A job that ends in so many seconds, by the wall clock, which tests do not turn on."""
+    return Job(end_time=time.time() + seconds)
+
+
+def test_short_job_does_not_stop_at_its_start(train, clock):
+    assert Stop(train(), job(60.0)).check(TrainState()) is None
+
+
+def test_short_job_stops_with_a_twentieth_of_its_time_left(train, clock):
+    stop = Stop(train(), job(100.0))
+    clock[0] += 94.0
+    assert stop.check(TrainState()) is None
+    stop = Stop(train(), job(100.0))
+    clock[0] += 96.0
+    assert stop.check(TrainState()) == "the job ends in 4 s"
+
+
+def test_long_job_stops_ten_minutes_before_its_end(train, clock):
+    stop = Stop(train(), job(86400.0))
+    clock[0] += 86400.0 - 601.0
+    assert stop.check(TrainState()) is None
+    stop = Stop(train(), job(86400.0))
+    clock[0] += 86400.0 - 599.0
+    assert stop.check(TrainState()) == "the job ends in 599 s"
+
+
+def test_slow_save_makes_the_run_stop_twice_as_long_before_the_end(train, clock):
+    stop = Stop(train(), job(10000.0))
+    stop.check(TrainState())
+    clock[0] += 1000.0  # an iteration and the save that went with it
+    assert stop.check(TrainState(iteration=1)) is None
+    clock[0] += 100.0
+    assert stop.check(TrainState(iteration=2)) is None
+    for passed in (950.0,) * 7:
+        clock[0] += passed
+        reason = stop.check(TrainState(iteration=3))
+    assert clock[0] == 1000.0 + 7750.0 and reason is None  # 2250 s left, 2000 needed
+    clock[0] += 300.0
+    assert stop.check(TrainState(iteration=4)) == "the job ends in 1950 s"
+
+
+def test_job_whose_time_is_over_stops_at_once(train):
+    assert str(Stop(train(), job(-5.0)).check(TrainState())).startswith("the job ends in -5 s")
+
+
+# --- the record --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def record(tmp_path):
+    return tmp_path / "record"
+
+
+def test_record_of_a_run_under_way_says_where_it_began(train, record):
+    stop = Stop(train(), Job(record=record))
+    stop.check(TrainState(iteration=7))
+    stop.check(TrainState(iteration=8))
+    assert record.read_text() == "running 7 7\n"
+
+
+def test_record_of_a_run_that_was_asked_to_stop_says_so(train, record):
+    stop = Stop(train(), Job(record=record))
+    stop.check(TrainState(iteration=7))
+    os.kill(os.getpid(), signal.SIGUSR1)
+    stop.check(TrainState(iteration=9))
+    assert record.read_text() == "stopped 7 9 asked by SIGUSR1\n"
+
+
+def test_record_of_a_finished_run_says_so(train, record):
+    Stop(train(), Job(record=record)).check(TrainState(iteration=20))
+    assert record.read_text() == "finished 20 20 finished: 20 iterations\n"
+
+
+def test_run_that_reached_its_own_time_limit_counts_as_finished(train, record, clock):
+    stop = Stop(train(exit_duration_minutes=2.0), Job(record=record))
+    clock[0] += 500.0
+    stop.check(TrainState(iteration=7))
+    assert record.read_text() == "finished 7 7 train.exit_duration_minutes has passed\n"
+
+
+def test_record_that_cannot_be_written_does_not_keep_the_run_from_going_on(train, tmp_path, caplog):
+    stop = Stop(train(), Job(record=tmp_path / "missing" / "record"))
+    assert stop.check(TrainState()) is None
+    assert "the job will not go on by itself" in caplog.text
+
+
+# --- signals to all processes of a task, as Slurm sends them -----------------------------------------------------
+
+
+def test_processes_started_after_a_stop_outlive_a_sigterm(train):
+    Stop(train())
+    with multiprocessing.get_context("spawn").Manager() as manager:  # as Megatron's save starts one
+        os.kill(manager._process.pid, signal.SIGTERM)
+        queue = manager.Queue()
+        queue.put(3)
+        assert queue.get(timeout=60) == 3
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    child.terminate()
+    child.communicate(b"\n", timeout=60)
+    assert child.returncode == 0
+
+
+def test_signal_is_seen_though_the_thread_that_took_it_is_not_the_main_one(train):
+    # torch's threads are older than the Stop and do not block the signal, so that they take it.
+    source = (
+        "import os, signal, threading; from pathlib import Path\n"
+        "from megatron_ext.training.stop import Stop\n"
+        "done = threading.Event(); threading.Thread(target=done.wait, daemon=True).start()\n"
+        "from types import SimpleNamespace\n"
+        "stop = Stop(SimpleNamespace(train_iters=2, exit_iters=None, exit_duration_minutes=None))\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "print(stop._own_reason().text)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "asked by SIGTERM\n", done.stderr
