@@ -19,6 +19,7 @@ class Progress:
         interval_documents: elsewhere, a line each time so many more documents are done.
         interval_seconds: elsewhere, a line each time so many more seconds have passed.
         label: word that lines begin with.
+        done_bytes: bytes that an earlier run has done; they count as done, but not for the rate.
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Progress:
         interval_documents: int | None = None,
         interval_seconds: float | None = None,
         label: str = "",
+        done_bytes: int = 0,
     ) -> None:
         self._total = max(total_bytes, 1)
         self._stream = stream
@@ -37,7 +39,7 @@ class Progress:
         self._interval_seconds = LIVE_SECONDS if self._live else interval_seconds
         self._label = label
         self._began = self._shown = time.monotonic()
-        self._bytes = 0
+        self._bytes = self._before = done_bytes
         self._documents = 0
 
     def update(self, num_bytes: int, documents: int = 1) -> None:
@@ -62,11 +64,12 @@ class Progress:
     def line(self) -> str:
         """Describe the state."""
         seconds = max(time.monotonic() - self._began, 1e-9)
-        left = timedelta(seconds=int((self._total - self._bytes) * seconds / max(self._bytes, 1)))
+        rate = (self._bytes - self._before) / seconds
+        left = timedelta(seconds=int((self._total - self._bytes) / rate)) if rate else "unknown"
         return (
             f"{self._label}{self._bytes / self._total:6.1%}  "
             f"{self._bytes / 1e6:,.1f} of {self._total / 1e6:,.1f} MB  {self._documents:,} documents"
-            f"  {self._bytes / 1e6 / seconds:.2f} MB/s  ETA {left}"
+            f"  {rate / 1e6:.2f} MB/s  ETA {left}"
         )
 
     def note(self, message: str) -> None:

@@ -13,26 +13,29 @@ little-endian:
             8 S    int64 byte offset of each sequence in .bin
             8 D    int64 first sequence of each document, and S at the end
 
-A document is one sequence here; an empty document is none, but keeps its entry in the document index. The
-format is that of megatron-core's datasets/indexed_dataset.py (@0.16.1 and @0.19.2), and files are equal to
-its builder's byte for byte.
+A document is one sequence, or several (its sentences); an empty document is none, but keeps its entry in
+the document index. The format is that of megatron-core's datasets/indexed_dataset.py (@0.16.1 and @0.19.2),
+and files are equal to its builder's byte for byte.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ext.data.manifest import manifest_path
-from megatron_ext.durable import aside_path, publish
+from megatron_ext.durable import aside_path, flush, publish
 from megatron_ext.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -42,6 +45,8 @@ DTYPE_CODES: dict[str, int] = {
 }  # fmt: skip
 _HEADER = struct.Struct("<9sQBQQ")
 _COPY_BYTES = 16 << 20
+_BLOCK = 1 << 20
+"""Numbers of the index in memory at a time."""
 
 TokenArray = npt.NDArray[np.integer[Any]]
 
@@ -80,7 +85,7 @@ class IdRange(NamedTuple):
 
 
 class IndexedWriter:
-    """Write `PREFIX.bin` and `PREFIX.idx`, whole or not at all.
+    """Write `PREFIX.bin` and `PREFIX.idx`, whole or not at all, in memory that does not grow with them.
 
     Everything goes into files aside; `publish` flushes and renames them. As a context manager it leaves
     nothing behind when the block ends without `publish`.
@@ -88,15 +93,28 @@ class IndexedWriter:
         with IndexedWriter(prefix, dtype=token_dtype(vocab_size)) as writer:
             writer.add_document(ids)
             totals = writer.publish()
+
+    Args:
+        prefix: path of the pair without .bin and .idx.
+        dtype: the ids' type.
+        aside: folder for the unfinished files, in the prefix's file system; by default the prefix's own.
     """
 
-    def __init__(self, prefix: str | Path, *, dtype: np.dtype[Any]) -> None:
+    def __init__(self, prefix: str | Path, *, dtype: np.dtype[Any], aside: Path | None = None) -> None:
         self._prefix = Path(prefix)
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._bin_aside = aside_path(bin_path(prefix))
-        self._idx_aside = aside_path(idx_path(prefix))
-        self._lengths: list[npt.NDArray[np.int32]] = []
-        self._file = self._bin_aside.open("wb")
+        unfinished = self._prefix if aside is None else aside / self._prefix.name
+        self._bin_aside = aside_path(bin_path(unfinished))
+        self._idx_aside = aside_path(idx_path(unfinished))
+        self._documents_aside = aside_path(Path(f"{unfinished}.documents"))
+        self._sequences = self._documents = self._empty_documents = self._tokens = 0
+        self._totals: IndexedTotals | None = None
+        with ExitStack() as opened:
+            self._bin = opened.enter_context(self._bin_aside.open("wb"))
+            self._idx = opened.enter_context(self._idx_aside.open("wb"))
+            self._sequences_of_documents = opened.enter_context(self._documents_aside.open("wb"))
+            self._idx.write(bytes(_HEADER.size))  # the counts come last
+            self._files = opened.pop_all()
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -104,22 +122,30 @@ class IndexedWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        self._bin_aside.unlink(missing_ok=True)
-        self._idx_aside.unlink(missing_ok=True)
+        try:
+            # Closing writes what is buffered, which a full disk refuses again.
+            with suppress(OSError):
+                self._files.close()
+        finally:
+            for path in (self._bin_aside, self._idx_aside, self._documents_aside):
+                path.unlink(missing_ok=True)
 
     def add_document(self, ids: npt.ArrayLike) -> None:
-        """Append one document, perhaps an empty one; its ids must fit the dtype."""
+        """Append one document, perhaps an empty one, as one sequence; its ids must fit the dtype."""
         tokens = np.asarray(ids, dtype=self._dtype)
-        self._file.write(tokens.tobytes())
-        self._lengths.append(np.array([tokens.size], dtype=np.int32))
+        self._bin.write(tokens.tobytes())
+        self._add_lengths(np.array([tokens.size], dtype=np.int32))
 
-    def add_part(self, path: Path, lengths: npt.NDArray[np.int32]) -> None:
+    def add_part(
+        self, path: Path, lengths: npt.NDArray[np.int32], sequences: npt.NDArray[np.int32] | None = None
+    ) -> None:
         """Append a file of raw ids in the writer's dtype.
 
         Args:
             path: the ids of some documents, one after another.
-            lengths: `[documents]` tokens of each document, 0 for an empty one.
+            lengths: `[documents]` tokens of each document, 0 for an empty one; with `sequences`
+                `[sequences]` tokens of each sequence, none of them 0. May be mapped from a file.
+            sequences: `[documents]` sequences of each document, 0 for an empty one.
 
         Raises:
             DataError: the file's size is not that of `lengths` (it was cut short, by a full disk say).
@@ -128,43 +154,105 @@ class IndexedWriter:
         if path.stat().st_size != expected:
             raise DataError(f"{path}: holds {path.stat().st_size} bytes, must hold {expected}; run again.")
         with path.open("rb") as part:
-            shutil.copyfileobj(part, self._file, _COPY_BYTES)
-        self._lengths.append(lengths)
+            _append_file(part, self._bin, expected)
+        for start in range(0, lengths.size, _BLOCK):
+            self._add_lengths(lengths[start : start + _BLOCK], count_documents=sequences is None)
+        if sequences is not None:
+            for start in range(0, sequences.size, _BLOCK):
+                self._add_documents(sequences[start : start + _BLOCK])
+
+    def _add_lengths(self, lengths: npt.NDArray[np.int32], *, count_documents: bool = True) -> None:
+        held = lengths > 0
+        kept = np.ascontiguousarray(lengths[held], dtype="<i4")
+        assert count_documents or kept.size == lengths.size, "a sequence without a token"
+        self._idx.write(kept.data)
+        self._sequences += kept.size
+        self._tokens += int(kept.sum(dtype=np.int64))
+        if count_documents:
+            self._add_documents(held.astype(np.int32))
+
+    def _add_documents(self, sequences: npt.NDArray[np.int32]) -> None:
+        self._sequences_of_documents.write(np.ascontiguousarray(sequences, dtype="<i4").data)
+        self._documents += sequences.size
+        self._empty_documents += int((sequences == 0).sum())
+
+    def seal(self) -> IndexedTotals:
+        """Write the rest of the index and flush everything to the disk; the old pair is not touched yet."""
+        if self._totals is None:
+            self._sequences_of_documents.close()
+            self._bin.close()
+            self._write_index()
+            self._idx.close()
+            flush(self._bin_aside)
+            flush(self._idx_aside)
+            self._totals = IndexedTotals(
+                documents=self._documents,
+                tokens=self._tokens,
+                empty_documents=self._empty_documents,
+                bin_bytes=self._bin_aside.stat().st_size,
+                idx_bytes=self._idx_aside.stat().st_size,
+            )
+        return self._totals
 
     def publish(self) -> IndexedTotals:
-        """Write the index, flush both files, and put them in the place of any earlier pair.
+        """Put both files, sealed, in the place of any earlier pair.
 
         The old manifest and index go first and the new index comes last, so that no moment pairs an old
         index or manifest with new ids.
         """
-        lengths = np.concatenate([np.zeros(0, dtype=np.int32), *self._lengths])
-        self._file.close()
-        self._write_index(lengths)
-        totals = IndexedTotals(
-            documents=lengths.size,
-            tokens=int(lengths.sum(dtype=np.int64)),
-            empty_documents=int((lengths == 0).sum()),
-            bin_bytes=self._bin_aside.stat().st_size,
-            idx_bytes=self._idx_aside.stat().st_size,
-        )
+        totals = self.seal()
         manifest_path(self._prefix).unlink(missing_ok=True)
         idx_path(self._prefix).unlink(missing_ok=True)
         publish(self._bin_aside, bin_path(self._prefix))
         publish(self._idx_aside, idx_path(self._prefix))
         return totals
 
-    def _write_index(self, lengths: npt.NDArray[np.int32]) -> None:
-        """Write the index for documents of these lengths."""
-        sequences = lengths[lengths > 0]
-        pointers = _pointers(sequences, self._dtype.itemsize)
-        documents = np.zeros(lengths.size + 1, dtype=np.int64)
-        np.cumsum(lengths > 0, out=documents[1:])
+    def _write_index(self) -> None:
+        """Write pointers, document index and header behind and before the lengths, block by block."""
+        self._idx.flush()
+        offset = 0
+        for lengths in _read_blocks(self._idx_aside, _HEADER.size, self._sequences):
+            ends = np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize + offset
+            pointers = np.concatenate([np.array([offset], dtype=np.int64), ends[:-1]])
+            self._idx.write(pointers.astype("<i8").data)
+            offset = int(ends[-1])
+        first = 0
+        self._idx.write(np.zeros(1, dtype="<i8").data)
+        for sequences in _read_blocks(self._documents_aside, 0, self._documents):
+            ends = np.cumsum(sequences, dtype=np.int64) + first
+            self._idx.write(ends.astype("<i8").data)
+            first = int(ends[-1])
+        assert first == self._sequences, (first, self._sequences)
+        self._idx.seek(0)
         code = DTYPE_CODES[self._dtype.name]
-        with self._idx_aside.open("wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, code, sequences.size, documents.size))
-            file.write(sequences.astype("<i4").tobytes())
-            file.write(pointers.astype("<i8").tobytes())
-            file.write(documents.astype("<i8").tobytes())
+        self._idx.write(_HEADER.pack(MAGIC, VERSION, code, self._sequences, self._documents + 1))
+
+
+def _append_file(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    """Append `size` bytes of a file, within the kernel where it can do that (and share blocks on some systems)."""
+    target.flush()
+    left = size
+    try:
+        while left and (copied := os.copy_file_range(source.fileno(), target.fileno(), left)):
+            left -= copied
+    except (AttributeError, OSError) as error:
+        # Not between these two file systems, or not on this one; a full disk is an error by the other way too.
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+    target.seek(0, os.SEEK_END)
+    if left:
+        shutil.copyfileobj(source, target, _COPY_BYTES)
+
+
+def _read_blocks(path: Path, start: int, count: int) -> Iterator[npt.NDArray[np.int32]]:
+    """Read `count` int32 from byte `start` of a file in blocks."""
+    with path.open("rb") as file:
+        file.seek(start)
+        while count:
+            block = np.fromfile(file, dtype="<i4", count=min(count, _BLOCK))
+            assert block.size, (path, count)
+            count -= block.size
+            yield block
 
 
 def _pointers(lengths: npt.NDArray[np.int32], itemsize: int) -> npt.NDArray[np.int64]:
@@ -213,7 +301,10 @@ class IndexedFile:
         raw = np.memmap(index, mode="r", dtype=np.uint8)
         first, second = _HEADER.size + 4 * sequences, _HEADER.size + 12 * sequences
         lengths: npt.NDArray[np.int32] = raw[_HEADER.size : first].view("<i4")
-        promised = int(lengths.sum(dtype=np.int64)) * dtype.itemsize
+        pointers: npt.NDArray[np.int64] = raw[first:second].view("<i8")
+        # The end of the last sequence, not the sum of all lengths: of 50 million documents that is 200 MB.
+        # `problems` compares every pointer with the lengths.
+        promised = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
         if bin_bytes != promised:
             raise DataError(
                 f"{ids}: holds {bin_bytes} bytes, the index promises {promised}; "
@@ -223,7 +314,7 @@ class IndexedFile:
             prefix=Path(prefix),
             dtype=dtype,
             sequence_lengths=lengths,
-            sequence_pointers=raw[first:second].view("<i8"),
+            sequence_pointers=pointers,
             document_indices=raw[second:].view("<i8"),
             # An empty file cannot be mapped.
             tokens=np.memmap(ids, mode="r", dtype=dtype) if bin_bytes else np.zeros(0, dtype=dtype),

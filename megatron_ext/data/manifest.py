@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Manifest:
 
     tokenizer: TokenizerRecord
     options: dict[str, Any]
-    """Settings that shaped the bytes (json_key, append_eod, prepend_bos); not the number of workers."""
+    """Settings that shaped the bytes (json_key, append_eod, split_sentences, ...); not the number of workers."""
     inputs: tuple[InputRecord, ...]
     documents: int
     """Documents in the index, empty ones included."""
@@ -61,6 +61,10 @@ class Manifest:
     """numpy name of the ids' type: uint16 or int32."""
     bin_bytes: int
     idx_bytes: int
+    encoder: str = ""
+    """What made the ids: native, tokenizers or transformers. Empty where it was not recorded."""
+    code: str = ""
+    """Version and commit of megapints, versions of libraries. Empty where it was not recorded."""
     version: int = MANIFEST_VERSION
 
 
@@ -108,13 +112,13 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def _typed(content: object, record: type, path: Path, skip: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Take a record's fields out of parsed JSON, each checked for its type."""
+    """Take a record's fields out of parsed JSON, each checked for its type; a later addition may be missing."""
     wanted = {"int": int, "str": str, "dict[str, Any]": dict}
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: {record.__name__} must be a JSON object; preprocess this data again.")
     values = {}
     for field in fields(record):
-        if field.name in skip:
+        if field.name in skip or (field.name not in content and field.default is not MISSING):
             continue
         value = content.get(field.name)
         kind = wanted[str(field.type)]

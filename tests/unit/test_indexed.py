@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_ext.data import indexed
 from megatron_ext.data.indexed import IndexedFile, IndexedWriter, token_dtype
 from megatron_ext.errors import DataError
 
@@ -58,6 +61,86 @@ def test_writer_parts_equal_single_documents(tmp_path: Path) -> None:
         writer.publish()
     for ending in ("bin", "idx"):
         assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"single.{ending}").read_bytes()
+
+
+SENTENCES = [[[5, 6], [7]], [], [[1]], [[2], [3, 4], [65499]], []]
+
+
+def write_sentences_with_megatron(prefix: Path) -> None:
+    import torch
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(1000))
+    for document in SENTENCES:
+        ids = [number for sentence in document for number in sentence]
+        builder.add_document(torch.tensor(ids, dtype=torch.int64), [len(sentence) for sentence in document])
+    builder.finalize(f"{prefix}.idx")
+
+
+@pytest.mark.parametrize("block", [1, 2, 1 << 20])
+def test_writer_documents_of_several_sequences_equal_megatron_builders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    """In parts of two and three documents, and with an index that is written in blocks of any size."""
+    monkeypatch.setattr(indexed, "_BLOCK", block)
+    with IndexedWriter(tmp_path / "ours", dtype=token_dtype(1000)) as writer:
+        for number, documents in enumerate((SENTENCES[:2], SENTENCES[2:])):
+            sentences = [sentence for document in documents for sentence in document]
+            np.array([number for sentence in sentences for number in sentence], dtype="<u2").tofile(
+                tmp_path / f"{number}"
+            )
+            writer.add_part(
+                tmp_path / f"{number}",
+                np.array([len(sentence) for sentence in sentences], dtype=np.int32),
+                np.array([len(document) for document in documents], dtype=np.int32),
+            )
+        totals = writer.publish()
+    write_sentences_with_megatron(tmp_path / "theirs")
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"ours.{ending}").read_bytes() == (tmp_path / f"theirs.{ending}").read_bytes()
+    assert (totals.documents, totals.empty_documents, totals.tokens) == (5, 2, 8)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_writer_index_in_blocks_equals_megatron_builders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(indexed, "_BLOCK", block)
+    write(tmp_path / "ours", DOCUMENTS)
+    write_with_megatron(tmp_path / "theirs", DOCUMENTS, 1000)
+    assert (tmp_path / "ours.idx").read_bytes() == (tmp_path / "theirs.idx").read_bytes()
+
+
+def test_writer_keeps_unfinished_files_in_the_folder_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000), aside=tmp_path / "work") as writer:
+        writer.add_document([1])
+        assert [path.name for path in tmp_path.iterdir()] == ["work"]
+        writer.publish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx", "work"]
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_writer_sealed_keeps_the_old_pair(tmp_path: Path) -> None:
+    write(tmp_path / "a", [[1, 2]])
+    with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
+        writer.add_document([3])
+        writer.seal()
+    assert IndexedFile.open(tmp_path / "a").document(0).tolist() == [1, 2]
+
+
+def test_writer_copies_parts_where_the_system_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(errno.EXDEV, "not between these")
+
+    monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
+    np.array([5, 6, 7], dtype="<u2").tofile(tmp_path / "part")
+    with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
+        writer.add_document([1])
+        writer.add_part(tmp_path / "part", np.array([1, 2], dtype=np.int32))
+        writer.add_document([9])
+        writer.publish()
+    assert IndexedFile.open(tmp_path / "a").tokens.tolist() == [1, 5, 6, 7, 9]
 
 
 def test_writer_part_cut_short_is_refused(tmp_path: Path) -> None:

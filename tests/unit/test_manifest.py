@@ -30,12 +30,24 @@ MANIFEST = Manifest(
     dtype="uint16",
     bin_bytes=40,
     idx_bytes=90,
+    encoder="native",
+    code="megapints 0.1.0",
 )
 
 
 def test_read_manifest_after_write_gives_the_same(tmp_path: Path) -> None:
     write_manifest(tmp_path / "a_document", MANIFEST)
     assert read_manifest(tmp_path / "a_document") == MANIFEST
+
+
+def test_read_manifest_of_a_time_before_the_encoder_was_recorded_gives_it_empty(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path / "a", MANIFEST)
+    content = json.loads(path.read_text())
+    del content["encoder"], content["code"]
+    path.write_text(json.dumps(content))
+    manifest = read_manifest(tmp_path / "a")
+    assert manifest is not None
+    assert (manifest.encoder, manifest.code) == ("", "")
 
 
 def test_manifest_path_stands_beside_the_pair() -> None:
@@ -59,6 +71,7 @@ def test_write_manifest_leaves_no_other_file(tmp_path: Path) -> None:
         ({"documents": True}, "'documents' is True"),
         ({"dtype": None}, "'dtype' is None, must be of type str"),
         ({"options": []}, "'options' is"),
+        ({"encoder": 1}, "'encoder' is 1, must be of type str"),
         ({"inputs": {}}, "'inputs' must be a list"),
         ({"inputs": [{"path": "x"}]}, "'size' is None"),
         ({"tokenizer": "tok"}, "TokenizerRecord must be a JSON object"),
