@@ -76,14 +76,6 @@ class IndexedTotals(NamedTuple):
     idx_bytes: int
 
 
-class IdRange(NamedTuple):
-    """Lowest and highest of the first `tokens` ids of a file."""
-
-    tokens: int
-    lowest: int
-    highest: int
-
-
 class IndexedWriter:
     """Write `PREFIX.bin` and `PREFIX.idx`, whole or not at all, in memory that does not grow with them.
 
@@ -255,13 +247,6 @@ def _read_blocks(path: Path, start: int, count: int) -> Iterator[npt.NDArray[np.
             yield block
 
 
-def _pointers(lengths: npt.NDArray[np.int32], itemsize: int) -> npt.NDArray[np.int64]:
-    """Give the byte offset of each sequence: the exclusive prefix sum of the lengths in bytes."""
-    pointers = np.zeros(lengths.size, dtype=np.int64)
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    return pointers * itemsize
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IndexedFile:
     """An opened pair; the arrays are memory maps, so opening reads the index but no id."""
@@ -303,7 +288,7 @@ class IndexedFile:
         lengths: npt.NDArray[np.int32] = raw[_HEADER.size : first].view("<i4")
         pointers: npt.NDArray[np.int64] = raw[first:second].view("<i8")
         # The end of the last sequence, not the sum of all lengths: of 50 million documents that is 200 MB.
-        # `problems` compares every pointer with the lengths.
+        # data/verify.py compares every pointer with the lengths.
         promised = int(pointers[-1]) + int(lengths[-1]) * dtype.itemsize if sequences else 0
         if bin_bytes != promised:
             raise DataError(
@@ -340,33 +325,6 @@ class IndexedFile:
             return self.tokens[:0]
         start = int(self.sequence_pointers[first]) // self.dtype.itemsize
         return self.tokens[start : start + int(self.sequence_lengths[first:last].sum(dtype=np.int64))]
-
-    def problems(self) -> list[str]:
-        """Check the index within itself; one line per fault, none for a sound file."""
-        found = []
-        if (self.sequence_lengths <= 0).any():
-            found.append("sequence lengths: some are not positive.")
-        wrong = self.sequence_pointers != _pointers(self.sequence_lengths, self.dtype.itemsize)
-        if wrong.any():
-            found.append(
-                f"sequence pointers: {int(wrong.sum())} are not where the sequences before end, "
-                f"the first is number {int(wrong.argmax())}."
-            )
-        documents = self.document_indices
-        if documents[0] != 0 or documents[-1] != self.sequence_lengths.size or (np.diff(documents) < 0).any():
-            found.append(
-                f"document index: must rise from 0 to {self.sequence_lengths.size} (the sequences); "
-                f"it starts at {documents[0]} and ends at {documents[-1]}."
-            )
-        return found
-
-    def scan_ids(self) -> Iterator[IdRange]:
-        """Go through all ids block by block, giving the range of those seen so far after each block."""
-        lowest, highest, block = np.iinfo(np.int64).max, -1, _COPY_BYTES // self.dtype.itemsize
-        for start in range(0, self.tokens.size, block):
-            part = self.tokens[start : start + block]
-            lowest, highest = min(lowest, int(part.min())), max(highest, int(part.max()))
-            yield IdRange(start + part.size, lowest, highest)
 
 
 def _read_header(path: Path) -> tuple[np.dtype[Any], int, int]:

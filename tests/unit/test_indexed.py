@@ -260,29 +260,3 @@ def test_reader_damaged_index_is_refused(tmp_path: Path, change: Callable[[bytes
     with pytest.raises(DataError, match=r"a\.idx") as caught:
         IndexedFile.open(prefix)
     assert message in str(caught.value)
-
-
-def test_problems_sound_file_has_none(tmp_path: Path) -> None:
-    assert IndexedFile.open(write(tmp_path / "a", DOCUMENTS)).problems() == []
-
-
-# Offsets for three sequences: lengths from 34, pointers from 46, document index from 70.
-@pytest.mark.parametrize(
-    ("offset", "value", "message"),
-    [
-        (54, struct.pack("<q", 4), "sequence pointers: 1 are not where"),
-        (70, struct.pack("<q", 1), "document index: must rise from 0 to 3"),
-        (78, struct.pack("<q", 3), "document index"),
-        (34, struct.pack("<ii", 4, 0), "sequence lengths: some are not positive"),
-    ],
-)
-def test_problems_damaged_file_names_the_fault(tmp_path: Path, offset: int, value: bytes, message: str) -> None:
-    prefix = write(tmp_path / "a", DOCUMENTS)
-    content = bytearray((tmp_path / "a.idx").read_bytes())
-    content[offset : offset + len(value)] = value
-    (tmp_path / "a.idx").write_bytes(content)
-    assert any(message in problem for problem in IndexedFile.open(prefix).problems())
-
-
-def test_scan_ids_gives_the_range(tmp_path: Path) -> None:
-    assert list(IndexedFile.open(write(tmp_path / "a", DOCUMENTS)).scan_ids()) == [(6, 0, 65499)]
