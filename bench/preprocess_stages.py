@@ -29,8 +29,8 @@ STAGES_BY_FILE = {
     "preprocessing/encode.py": "encode",
     "data/fast_tokenizer.py": "encode",
     "preprocessing/parts.py": "write parts",
-    "preprocessing/join.py": "join",
-    "data/indexed.py": "join",
+    "preprocessing/publishing.py": "publish",
+    "data/indexed.py": "publish",
 }
 """End of a file's name: what its functions do, and the library calls that they make."""
 
@@ -42,7 +42,7 @@ def run_profiled(source: Path, tokenizer: Path, prefix: Path) -> None:
     """Run the tool under the profiler and print the stages."""
     from tools import preprocess_data
 
-    # Of this thread alone: others wait for the machine, or hash the input.
+    # Of this thread alone: the others hash the input, join parts, or wait.
     profile = cProfile.Profile(time.thread_time)
     arguments = ["--input", str(source), "--tokenizer", str(tokenizer), "--output-prefix", str(prefix)]
     before = time.process_time()
@@ -52,7 +52,7 @@ def run_profiled(source: Path, tokenizer: Path, prefix: Path) -> None:
         raise SystemExit(status)
     statistics: Any = pstats.Stats(profile)
     seconds = seconds_by_stage(statistics.stats)
-    seconds["hash of the input, other threads"] = max(total - sum(seconds.values()), 0.0)
+    seconds["hash and join, in other threads"] = max(total - sum(seconds.values()), 0.0)
     size = source.stat().st_size / 1e6
     print(f"  stages    {size:.1f} MB of JSON Lines, one process, {total:.2f} CPU seconds under a profiler")
     for stage, spent in sorted(seconds.items(), key=lambda item: -item[1]):

@@ -14,9 +14,10 @@ from typing import NamedTuple, TextIO
 from megatron_ext.errors import MegapintsError
 from tools.preprocessing.digests import DigestThread, read_digests
 from tools.preprocessing.inputs import InputFile
-from tools.preprocessing.join import join_and_publish
+from tools.preprocessing.joiner import Joiner
 from tools.preprocessing.parts import PartRecord, WorkFolder
 from tools.preprocessing.plan import Planned, Request, Run, make_plan
+from tools.preprocessing.publishing import finish_and_publish
 from tools.preprocessing.ranks import Ranks, check_folder_is_shared, share_out, together
 from tools.preprocessing.workers import Failure, Loaded, Outcome, Pool, run_parts
 from tools.progress import Progress
@@ -63,17 +64,19 @@ def preprocess(request: Request, ranks: Ranks, stream: TextIO) -> list[str]:
     """
     began = time.monotonic()
     planned: Planned | None = None
+    joiner: Joiner | None = None
     with ExitStack() as stack:
 
         def plan() -> Run:
-            nonlocal planned
+            nonlocal planned, joiner
             folder = stack.enter_context(WorkFolder(request.output_prefix).claimed(restart=request.restart))
             planned = make_plan(request, folder)
+            joiner = stack.enter_context(Joiner(request, planned))
             return planned.run
 
         def publish() -> list[str]:
-            assert planned is not None
-            return join_and_publish(request, planned, made.records, made.digests, began=began, stream=stream)
+            assert planned is not None and joiner is not None
+            return finish_and_publish(request, planned, joiner, made.records, made.digests, began=began, stream=stream)
 
         pool = stack.enter_context(Pool(request.workers)) if request.workers > 1 else None
         run = together(ranks, plan)

@@ -235,6 +235,10 @@ class WorkFolder:
                 path.unlink()
         return records
 
+    def is_finished(self, number: int) -> bool:
+        """Say whether a part is there, with all its files."""
+        return (self.path / f"{number:08d}.part").exists()
+
     def part_file(self, number: int, key: int, ending: str) -> Path:
         """Name a file of a part."""
         return self.path / f"{number:08d}.{key}.{ending}"

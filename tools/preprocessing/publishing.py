@@ -1,4 +1,4 @@
-"""Join finished parts into pairs, and put them into place with their manifests."""
+"""Put a joined output into place: pairs, skipped records, manifests."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import json
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import numpy as np
-import numpy.typing as npt
-
 import megatron_ext
-from megatron_ext.data.indexed import IndexedTotals, IndexedWriter, token_dtype
+from megatron_ext.data.indexed import IndexedTotals, token_dtype
 from megatron_ext.data.manifest import InputRecord, Manifest, TokenizerRecord, write_manifest
 from megatron_ext.durable import aside_path, publish
 from megatron_ext.errors import DataError
@@ -27,6 +23,7 @@ from tools.preprocessing.plan import Planned, Request, is_spool
 
 if TYPE_CHECKING:
     from tools.preprocessing.inputs import InputFile
+    from tools.preprocessing.joiner import Joiner
 
 SHOWN_SKIPS = 10
 """Skipped records that are shown; all of them are written to a file."""
@@ -34,16 +31,17 @@ SHOWN_SKIPS = 10
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def join_and_publish(
+def finish_and_publish(
     request: Request,
     planned: Planned,
+    joiner: Joiner,
     records: Mapping[int, PartRecord],
     digests: Mapping[InputFile, str],
     *,
     began: float,
     stream: TextIO,
 ) -> list[str]:
-    """Join the parts in the order of the input, and put the pairs, then their manifests, into place.
+    """Finish the joined pairs, and put them, then their manifests, into place.
 
     Returns:
         A line about each pair.
@@ -58,18 +56,13 @@ def join_and_publish(
         folder.discard()
         left_out = f" ({skipped:,} bad records were left out)" if skipped else ""
         raise DataError(f"the input holds no documents{left_out}; nothing is written.")
-    dtype = token_dtype(planned.loaded.tokenizer.vocab_size)
-    with ExitStack() as stack, writing(request.output_prefix):
-        prefixes = [request.prefix(key) for key in keys]
-        writers = [stack.enter_context(IndexedWriter(prefix, dtype=dtype, aside=folder.path)) for prefix in prefixes]
-        for key, writer in enumerate(writers):
-            for record in ordered:
-                _append(writer, folder, record.number, key, sentences=request.settings.split_sentences)
-        totals = [writer.seal() for writer in writers]
+    prefixes = [request.prefix(key) for key in keys]
+    totals = joiner.seal()
+    with writing(request.output_prefix):
         skipped_aside = _join_skipped(folder, ordered, stream, request.skipped_path) if skipped else None
         for file in run.files:
             check_unchanged(file)
-        for writer in writers:
+        for writer in joiner.writers:
             writer.publish()
         if skipped_aside:
             publish(skipped_aside, request.skipped_path)
@@ -82,18 +75,6 @@ def join_and_publish(
     seconds = time.monotonic() - began
     rate = sum(part.weight for part in run.pending()) / 1e6 / seconds
     return [_line(prefix, total, seconds, rate) for prefix, total in zip(prefixes, totals, strict=True)]
-
-
-def _append(writer: IndexedWriter, folder: WorkFolder, number: int, key: int, *, sentences: bool) -> None:
-    """Append one part's files of one key."""
-    lengths = _map_numbers(folder.part_file(number, key, "len"))
-    counts = _map_numbers(folder.part_file(number, key, "doc")) if sentences else None
-    writer.add_part(folder.part_file(number, key, "bin"), lengths, counts)
-
-
-def _map_numbers(path: Path) -> npt.NDArray[np.int32]:
-    """Map a file of int32, perhaps an empty one, which the system does not map."""
-    return np.memmap(path, mode="r", dtype="<i4") if path.stat().st_size else np.zeros(0, dtype="<i4")
 
 
 def _join_skipped(folder: WorkFolder, records: Sequence[PartRecord], stream: TextIO, published: Path) -> Path:
