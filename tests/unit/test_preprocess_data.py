@@ -593,9 +593,12 @@ def test_preprocess_changed_input_on_resume_is_noticed(
     size = corpus.stat().st_size
     with corpus.open("a") as file:
         file.write('{"text": "more", "title": ""}\n')
+    kept = names_in(tmp_path / "out.partial")
     capsys.readouterr()
     assert run(tokenizer, tmp_path / "out", [corpus]) == 2
     assert last_line(capsys).startswith(f"error: {corpus}: has changed ({size + 30:,} bytes, was {size:,}).")
+    assert names_in(tmp_path / "out.partial") == kept
+    assert names_in(tmp_path) == [corpus.name, "out.partial"]
 
 
 @pytest.mark.usefixtures("small_parts")
