@@ -149,7 +149,12 @@ def _optional_parts(pip: str) -> list[Part]:
         part("transformers", "checks exported models; generates text", lambda: _package("transformers")),
         part("TensorBoard", "event files beside metrics.jsonl", _tensorboard),
         part("matplotlib", "tools/plot_run.py", lambda: _package("matplotlib")),
-        part("nltk", "sentence splitting in curation", lambda: _package("nltk")),
+        part("orjson", "JSON Lines in tools/preprocess_data.py", lambda: _package("orjson")),
+        part("pyarrow", "Parquet and datasets folders in tools/preprocess_data.py", lambda: _package("pyarrow")),
+        part("zstandard", ".zst inputs of tools/preprocess_data.py", lambda: _package("zstandard")),
+        part("native encoder", "text to ids many times faster than by tokenizers", _native_encoder,
+             "install a C++ compiler (c++, g++ or clang++)"),
+        part("nltk", "sentence splitting (--split-sentences)", lambda: _package("nltk")),
         part("wandb", "online experiment tracking (log.wandb_project)", lambda: _package("wandb"),
              "pip install wandb"),
         part("CUDA", "training at speed; without it everything runs on the CPU with gloo", _cuda,
@@ -239,6 +244,18 @@ def _apex() -> str:
             "a package `apex` is there, without fused_weight_gradient_mlp_cuda" if other else "not installed"
         ) from None
     return "with fused_weight_gradient_mlp_cuda"
+
+
+def _native_encoder() -> str:
+    """Load the tokenizer's kernel, compiling it if this was not yet done."""
+    from megatron_ext.data.fast_tokenizer import KERNEL
+    from megatron_ext.data.native_build import BuildError, load_library
+
+    try:
+        load_library(KERNEL)
+    except BuildError as error:
+        raise Absent(str(error)) from None
+    return f"{KERNEL.name}, compiled"
 
 
 def _mpi4py() -> str:
