@@ -23,7 +23,7 @@ demo: venv  ## the whole way in minutes: text, tokenizer, training on two proces
 	@$(BIN)/python tools/demo.py $(ARGS)
 
 test: venv-dev  ## the tests, without the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(ARGS)
 
 # Runs every check, and shows what each failing one said.
 define step

@@ -32,12 +32,14 @@ parts.PART_BYTES = 8000
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 sys.exit(preprocess_data.main(sys.argv[1:]))
 """
-# Time to hit a run amid its work, however busy the machine is.
+# Time to hit a run amid its work: after some parts it nearly stands still, so that it is not over before a busy machine
+# lets the test see the first of them.
 SLOW = """
-import time
+import itertools, time
 from tools.preprocessing import workers
 def slow(function):
-    return lambda *given: time.sleep(0.03) or function(*given)
+    calls = itertools.count()
+    return lambda *given: time.sleep(0.03 if next(calls) < 20 else 0.5) or function(*given)
 workers.Pool._hand_out = slow(workers.Pool._hand_out)
 workers.PartEncoder.encode = slow(workers.PartEncoder.encode)
 """
