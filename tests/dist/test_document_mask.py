@@ -54,7 +54,13 @@ def column(finished, name: str) -> list[float]:
     return [row[name] for row in finished.rows()]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+SLOW = {"tp2_sp", "pp4"}
+"""What these cover, other layouts cover too, together with more; .ci/run runs them all."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in LAYOUTS]
+)
 def test_documents_in_layout_give_the_losses_and_norms_of_one_process(name, reference, documents_trainer):
     ranks, overrides = LAYOUTS[name]
     finished = documents_trainer.train(name, *RESET, *MICRO2, *overrides, ranks=ranks)

@@ -30,6 +30,7 @@ from tools.preprocessing import parts
 parts.PART_BYTES = 8000
 {extra}
 signal.signal(signal.SIGTERM, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 sys.exit(preprocess_data.main(sys.argv[1:]))
 """
 # Time to hit a run amid its work: after some parts it nearly stands still, so that it is not over before a busy machine

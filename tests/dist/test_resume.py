@@ -85,7 +85,7 @@ def saved_on_eight(module_trainer):
 @pytest.mark.parametrize(
     ("name", "ranks", "overrides"),
     [
-        ("to_one", 1, ()),
+        pytest.param("to_one", 1, (), marks=pytest.mark.slow),
         ("to_tp2", 2, TP2),
         pytest.param("to_pp2", 2, PP2, marks=pytest.mark.slow),
         pytest.param("to_dp4", 4, (), marks=pytest.mark.slow),
@@ -100,6 +100,7 @@ def test_reshardable_checkpoint_continues_in_another_layout(name, ranks, overrid
     assert [row["loss"] for row in finished.rows()] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_dp_reshardable_checkpoint_continues_with_more_data_parallel_ranks(saved_on_eight, trainer):
     trainer.train("grown", *TWENTY, "--train.exit_iters", "10", ranks=2)
     finished = trainer.train("grown", *TWENTY, ranks=4)
