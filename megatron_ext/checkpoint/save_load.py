@@ -232,6 +232,7 @@ class Checkpoints:
                 if self._optimizer is not None:  # its fp32 copies
                     self._optimizer.reload_model_params()
             else:
+                _adopt_rates(loaded["optimizer"], self._optimizer.param_groups[0])
                 self._optimizer.load_state_dict(loaded["optimizer"])
         if not weights_only and same_grid:
             _set_rng_states(loaded["rng"])
@@ -335,6 +336,19 @@ def sample_changes(saved: dict[str, Any], config: Config) -> list[str]:
         ):
             changes.append(f"{section}.{name} {before} -> {after}")
     return changes
+
+
+def _adopt_rates(saved: Any, group: dict[str, Any]) -> None:
+    """Give saved parameter groups this run's bounds of the learning rate, in place.
+
+    megatron-core 0.19.2 tells groups apart by them too, and would find none for a run that is resumed with another
+    rate. All groups of a run have the same.
+    """
+    if isinstance(saved, dict):
+        for bound in {"max_lr", "min_lr"} & saved.keys() & group.keys():
+            saved[bound] = group[bound]
+    for value in saved.values() if isinstance(saved, dict) else saved if isinstance(saved, list) else ():
+        _adopt_rates(value, group)
 
 
 def _metadata(optimizer_format: str) -> dict[str, Any]:
