@@ -9,6 +9,7 @@ byte for byte. Rates are MB of input file per CPU second, that is per core.
     compare   the three at one worker; start-up (the same command on one small document) is measured too
     scaling   ours at 1 and 2 workers, 1 2 2 1, on an input of --scaling-gb: by the clock; and, as on a shared machine
               the clock says little, by CPU times: one worker's over half of the two workers' and all of the parent's
+              (which is too low: the parent hashes and joins while they work)
     stages    where ours spends its time on all documents, by a profile of a run in one process
     memory    the most memory of all processes together (PSS) on an input of --memory-gb at 2 workers
 
