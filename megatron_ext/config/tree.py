@@ -207,6 +207,32 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ReliabilityConfig:
+    """How a run looks for trouble, and what it does about it."""
+
+    preflight: bool = True
+    """Before the first iteration, measure links and devices, and check clocks, file system, disk and data."""
+    deterministic: bool = False
+    """Repeat a run bit for bit on the same layout and software: slower kernels on a GPU; a CPU always does."""
+    bad_iteration_policy: Literal["stop", "skip", "rewind"] = "stop"
+    """At a spike, or a loss or gradient norm that is not finite: stop, pass its samples over, or go back and do so."""
+    max_bad_iterations: int = 3
+    """Bad iterations that are passed over or rewound in a run; one more stops it."""
+    spike_deviations: float | None = None
+    """A loss this many standard deviations above the mean of the last ones is a spike; default: none is."""
+    spike_window_iters: int = 100
+    """Iterations whose losses a spike is measured against."""
+    rewind_skip_iters: int = 0
+    """Iterations before the bad one whose samples rewind passes over too, as far as the checkpoint goes back."""
+    replica_check_interval: int | None = 1000
+    """Iterations between comparisons of the weights of data-parallel replicas; none: never."""
+    straggler_interval: int | None = 100
+    """Iterations between comparisons of the ranks' own times; none: never."""
+    straggler_ratio: float = 1.3
+    """A rank is reported when its own time is this many times the median rank's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LogConfig:
     """What a run reports, and where."""
 
@@ -214,6 +240,8 @@ class LogConfig:
     """Iterations between log lines."""
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
+    samples: bool = False
+    """Write down which samples each iteration was given, in samples/ of the run directory."""
     wandb_project: str | None = None
     """Weights & Biases project; default: not used. Works offline (WANDB_MODE=offline)."""
     progress: Literal["auto", "on", "off"] = "auto"
@@ -237,4 +265,5 @@ class Config:
     train: TrainConfig
     optimizer: OptimizerConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    reliability: ReliabilityConfig = field(default_factory=ReliabilityConfig)
     log: LogConfig = field(default_factory=LogConfig)
