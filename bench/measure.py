@@ -30,7 +30,7 @@ from megatron_ext.config.tree import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.loader import Loader
 from megatron_ext.durable import write_whole
-from megatron_ext.errors import ConfigError, MegapintsError
+from megatron_ext.errors import ConfigError, MegapintsError, TrainingError
 from megatron_ext.log import setup_logging
 from megatron_ext.model.flops import flops_per_token, parameter_count
 from megatron_ext.model.gpt import build_model, wrap_for_training
@@ -193,6 +193,8 @@ def time_training(case: Case, config: Config) -> Timing:
 
     def run_step() -> None:
         result = train_step(machine, state)
+        if result.fault is not None:
+            raise TrainingError(f"iteration {state.iteration + 1}: {result.fault}")
         state.advance(result)
         losses.append(result.loss)
 

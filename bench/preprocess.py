@@ -7,9 +7,10 @@ turns A B C C B A on the same documents (--part-mb of them, for the slow ones' s
 byte for byte. Rates are MB of input file per CPU second, that is per core.
 
     compare   the three at one worker; start-up (the same command on one small document) is measured too
-    scaling   ours at 1 and 2 workers, 1 2 2 1, on an input of --scaling-gb: by the clock; and, as on a shared machine
-              the clock says little, by CPU times: one worker's over half of the two workers' and all of the parent's
-              (which is too low: the parent hashes and joins while they work)
+    scaling   ours on an input of --scaling-gb, in turns: all of a run with one worker bound to one core (its parent's
+              threads, which hash the input and join the output, too); one worker with both cores at hand; and two
+              workers on two cores, and then back again. By the clock, so nobody else may use the machine; and by CPU
+              times, as if nothing ever waited: two cores then take the start-up, and half of all the rest
     stages    where ours spends its time on all documents, by a profile of a run in one process
     memory    the most memory of all processes together (PSS) on an input of --memory-gb at 2 workers
 
@@ -36,7 +37,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,6 +57,7 @@ MEMORY_BAR_MB = 600
 PARTS = ("compare", "scaling", "stages", "memory")
 TRAINING_BYTES = 16_000_000
 SAMPLING_SECONDS = 0.1
+BOUND, FREE, TWO = "1 worker, 1 core", "1 worker, 2 cores", "2 workers, 2 cores"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -125,15 +127,21 @@ def pair(which: str, prefix: Path) -> tuple[Path, Path]:
     return Path(f"{stem}.bin"), Path(f"{stem}.idx")
 
 
-def measure(words: Sequence[str]) -> Cost:
-    """Run a command to its end.
+def measure(words: Sequence[str], *, cores: Collection[int] | None = None) -> Cost:
+    """Run a command to its end, with all that it starts on these cores.
 
     Raises:
         DataError: it failed; with the last of what it printed.
     """
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
-        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **ONE_THREAD})
+        process = subprocess.Popen(
+            words,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **ONE_THREAD},
+            preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+        )
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -190,38 +198,72 @@ def file_digest(path: Path) -> str:
 
 
 def scaling(work: Work, tokenizer: Path, *, rounds: int, gigabytes: float) -> None:
-    """Run ours with one worker and with two, in turns."""
-    prefix, source = work.folder / "out_scaling", work.folder / "large.jsonl"
-    costs: dict[int, list[Cost]] = {1: [], 2: []}
-    by_clock, by_cpu = [], []
+    """Run ours with one worker and with two, in turns.
+
+    Raises:
+        DataError: there are not two cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        raise DataError("--parts scaling: needs two cores; leave it out on this machine.")
+    ways = {BOUND: (1, cores[:1]), FREE: (1, cores), TWO: (2, cores)}
+    source, prefix = work.folder / "large.jsonl", work.folder / "out_scaling"
+
+    def run(way: str) -> Cost:
+        workers, chosen = ways[way]
+        return measure(command(OURS, source, tokenizer, prefix, workers=workers), cores=chosen)
+
+    start = min(measure(command(OURS, work.tiny, tokenizer, prefix)).cpu_seconds for _ in range(3))
+    turns: list[dict[str, list[Cost]]] = []
     try:
         size = write_large(work.corpus, source, int(gigabytes * 1e9)) / 1e6
+        run(TWO)  # the first run finds neither the input nor its own memory where later ones do
         for _ in range(rounds):
-            turn: dict[int, list[float]] = {1: [], 2: []}
-            alone = []
-            for workers in (1, 2, 2, 1):
-                with Watch(memory=False) as watch:
-                    cost = measure(command(OURS, source, tokenizer, prefix, workers=workers))
-                costs[workers].append(cost)
-                turn[workers].append(cost.wall_seconds)
-                alone.append(cost.cpu_seconds if workers == 1 else watch.seconds_on_own_cores(cost))
-            by_clock.append(sum(turn[1]) / sum(turn[2]))
-            by_cpu.append((alone[0] + alone[3]) / (alone[1] + alone[2]))
+            turns.append({way: [] for way in ways})
+            for way in (*ways, *reversed(ways)):
+                turns[-1][way].append(run(way))
     finally:
         source.unlink(missing_ok=True)
-    print(f"  scaling   {size:,.0f} MB of JSON Lines, ours, {2 * rounds} runs each")
-    for workers, found in costs.items():
-        cpu = statistics.median(cost.cpu_seconds for cost in found)
-        wall = statistics.median(cost.wall_seconds for cost in found)
-        print(f"    workers: {workers}  {size / cpu:8.2f} MB per CPU second end to end, {size / wall:8.2f} MB/s by the "
-              f"clock, {cpu / wall:.2f} cores in use")  # fmt: skip
-    for name, ratios in (("by the clock", by_clock), ("by CPU times", by_cpu)):
+    report_scaling(turns, size_mb=size, start_seconds=start)
+
+
+def report_scaling(turns: Sequence[Mapping[str, Sequence[Cost]]], *, size_mb: float, start_seconds: float) -> None:
+    """Print rates, and the ratios of each round.
+
+    Args:
+        turns: by round and way, what its runs took.
+        start_seconds: CPU time of a run on next to nothing, which a second worker does not make shorter.
+    """
+    print(f"  scaling   {size_mb:,.0f} MB of JSON Lines, ours, {2 * len(turns)} runs each")
+    for way in (BOUND, FREE, TWO):
+        costs = [cost for turn in turns for cost in turn[way]]
+        cpu = statistics.median(cost.cpu_seconds for cost in costs)
+        wall = statistics.median(cost.wall_seconds for cost in costs)
+        in_use = statistics.median(cost.cpu_seconds / cost.wall_seconds for cost in costs)
+        print(f"    {way:18} {size_mb / wall:8.1f} MB/s by the clock, {size_mb / cpu:7.1f} MB per CPU second, "
+              f"{in_use:.2f} cores in use")  # fmt: skip
+        if way == BOUND and in_use < 0.95:
+            print(f"    noise: one worker had only {in_use:.2f} of its core: it waited, or others used the machine")
+
+    def seconds(turn: Mapping[str, Sequence[Cost]], way: str, *, by_cpu: bool) -> float:
+        return statistics.mean(cost.cpu_seconds if by_cpu else cost.wall_seconds for cost in turn[way])
+
+    def on_two_cores(turn: Mapping[str, Sequence[Cost]]) -> float:
+        return start_seconds + (seconds(turn, TWO, by_cpu=True) - start_seconds) / 2
+
+    by_clock = {
+        way: [seconds(turn, way, by_cpu=False) / seconds(turn, TWO, by_cpu=False) for turn in turns]
+        for way in (BOUND, FREE)
+    }
+    by_cpu = [seconds(turn, BOUND, by_cpu=True) / on_two_cores(turn) for turn in turns]
+    for name, ratios, judged in (
+        (f"{TWO} / {BOUND}, by the clock", by_clock[BOUND], True),
+        (f"{TWO} / {FREE}, by the clock", by_clock[FREE], True),
+        (f"{TWO} / {BOUND}, if nothing waited", by_cpu, False),
+    ):
         ratio = statistics.median(ratios)
-        print(f"    two workers / one {name}: {ratio:.2f} (rounds from {min(ratios):.2f} to {max(ratios):.2f}); "
-              f"bar {SCALING_BAR}: {verdict(ratio >= SCALING_BAR)}")  # fmt: skip
-    idle = statistics.median(cost.cpu_seconds / cost.wall_seconds for cost in costs[1])
-    if idle < 0.95:
-        print(f"    noise: one worker had only {idle:.2f} of a core, so others used the machine: the clock says little")
+        bar = f"; bar {SCALING_BAR}: {verdict(ratio >= SCALING_BAR)}" if judged else ""
+        print(f"    {name:57} {ratio:.2f} (rounds from {min(ratios):.2f} to {max(ratios):.2f}){bar}")
 
 
 def stages(work: Work, tokenizer: Path) -> None:
@@ -241,7 +283,7 @@ def memory(work: Work, tokenizer: Path, *, gigabytes: float) -> None:
     size = write_large(work.corpus, source, int(gigabytes * 1e9))
     try:
         words = command(OURS, source, tokenizer, work.folder / "out_memory", workers=2)
-        with Watch(memory=True) as watch:
+        with Watch() as watch:
             cost = measure(words)
     finally:
         source.unlink()
@@ -269,12 +311,10 @@ def write_large(source: Path, target: Path, size: int) -> int:
 
 
 class Watch:
-    """Samples all processes under this one while a block runs: their memory together, and each one's CPU time."""
+    """Samples the memory of all processes under this one, together, while a block runs."""
 
-    def __init__(self, *, memory: bool) -> None:
-        self._memory = memory
+    def __init__(self) -> None:
         self.peak_mb = 0.0
-        self._cpu_seconds: dict[int, float] = {}
 
     def __enter__(self) -> Watch:
         self._done = threading.Event()
@@ -294,21 +334,10 @@ class Watch:
             total = 0
             for process in me.children(recursive=True):
                 try:
-                    times = process.cpu_times()
-                    self._cpu_seconds[process.pid] = times.user + times.system
-                    total += process.memory_full_info().pss if self._memory else 0
+                    total += process.memory_full_info().pss
                 except psutil.Error:
                     continue  # it has ended
             self.peak_mb = max(self.peak_mb, total / 1e6)
-
-    def seconds_on_own_cores(self, cost: Cost) -> float:
-        """Give what the command would take if each of its processes had a core and the workers equal shares.
-
-        As if the parent worked only before and after its workers, which makes this an upper bound.
-        """
-        _, *workers = (self._cpu_seconds[pid] for pid in sorted(self._cpu_seconds))  # the parent is the oldest
-        workers = [seconds for seconds in workers if seconds > 0.1]  # multiprocessing's tracker does nothing
-        return cost.cpu_seconds - sum(workers) + statistics.mean(workers)
 
 
 def main() -> int:

@@ -15,6 +15,9 @@ EXIT_CODE = 2
 class MegapintsError(Exception):
     """Base of every error that is a person's to mend."""
 
+    everywhere = False
+    """It is known to be raised on every rank alike, so one of a node is enough to tell it."""
+
 
 class ConfigError(MegapintsError):
     """One or more problems of a configuration, all found before anything starts."""
@@ -37,6 +40,10 @@ class DataError(MegapintsError):
 
 class CheckpointError(MegapintsError):
     """A checkpoint is missing, incomplete, or does not fit the model."""
+
+
+class LostRankError(MegapintsError):
+    """Another rank is gone, so this one cannot go on. Nobody's mistake: the run is to be started again."""
 
 
 class TrainingError(MegapintsError):

@@ -9,7 +9,7 @@ import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +99,13 @@ class Trainer:
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
         return [sys.executable, *launcher, *script]
 
-    def train(self, run: str, *overrides: str, ranks: int = 1, fails: bool = False) -> Finished:
+    def train(
+        self, run: str, *overrides: str, ranks: int = 1, fails: bool = False, environment: Mapping[str, str] | None = None
+    ) -> Finished:
         """Run to the end; its exit code is checked unless it is expected to fail."""
         done = subprocess.run(
             self.command(run, *overrides, ranks=ranks),
-            capture_output=True, text=True, timeout=280, env=child_environment(), cwd=self.work,
+            capture_output=True, text=True, timeout=280, env=child_environment() | dict(environment or {}), cwd=self.work,
         )  # fmt: skip
         output = done.stdout + done.stderr
         if not fails:

@@ -1,22 +1,19 @@
 #!/usr/bin/env python3
-"""Convert between a training run's checkpoints and Hugging Face model folders.
+"""Convert a training run's checkpoints: to and from Hugging Face model folders, or for another parallel layout.
 
-Needs torch only: no megatron (but for --verify), no GPU, no parallel sizes. Weights are streamed, so the peak
-memory is a few tensors of one layer, not the model.
+to-hf and from-hf need torch only: no megatron (but for --verify), no GPU, no parallel sizes. Weights are streamed,
+so the peak memory is a few tensors of one layer, not the model. reshard needs megatron, no GPU, and 20 bytes of memory
+per parameter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from megatron_ext.durable import write_whole
 from megatron_ext.errors import EXIT_CODE, CheckpointError, MegapintsError
+from tools import resharding
+from tools.new_folder import aside, keep_rejected, progress, refuse_existing
+from tools.saved_checkpoint import find_checkpoint, verify_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import torch
 
     from megatron_ext.checkpoint.hf_llama import SpecialTokens
@@ -50,6 +48,8 @@ examples:
     python tools/convert_checkpoint.py to-hf --load runs/demo/checkpoints/iter_0001000 --save hf/demo --verify
   start from published weights (then checkpoint.init_from = "runs/tinyllama" in a configuration):
     python tools/convert_checkpoint.py from-hf --load models/TinyLlama-1.1B --save runs/tinyllama
+  go on at another tensor- or pipeline-parallel size (then run_dir = "runs/moved" in the configuration):
+    python tools/convert_checkpoint.py reshard --load runs/demo --save runs/moved
 
 The architecture comes from the checkpoint or from config.json; there is nothing to say about it, or about the
 tensor- and pipeline-parallel layout that a checkpoint was saved at.
@@ -75,9 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{to-hf,from-hf}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{to-hf,from-hf,reshard}")
     _add_to_hf(commands)
     _add_from_hf(commands)
+    resharding.add_command(commands, epilog=_EPILOG)
     return parser
 
 
@@ -134,15 +135,14 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     if arguments.verify:
         _require_for_verify()
     target: Path = arguments.save
-    _refuse_existing(target)
+    refuse_existing(target)
     import torch
 
     from megatron_ext.checkpoint import hf_convert, layout
     from megatron_ext.checkpoint.dcp import CheckpointReader
 
-    for path, reason in layout.find_newest(arguments.load / layout.CHECKPOINTS).rejected:
-        print(f"warning: ignored {path}: {reason}", file=sys.stderr)
-    checkpoint = layout.resolve(arguments.load)
+    checkpoint = find_checkpoint(arguments.load)
+    verify_files(checkpoint)
     description = layout.read_description(checkpoint)
     model = hf_convert.model_of(description, where=checkpoint)
     tokenizer = _tokenizer_for(model, arguments.tokenizer, checkpoint, description.tokenizer_sha256)
@@ -154,8 +154,8 @@ def _to_hf(arguments: argparse.Namespace) -> int:
     if description.iteration == 0:
         origin = "weights taken from elsewhere" if not description.config else "the run's random initial weights"
         print(f"warning: iteration 0: these are {origin}; nothing was trained here.", file=sys.stderr)
-    with _aside(target) as folder:
-        with _progress("exporting", hf_convert.export_bytes(model, dtype)) as advance:
+    with aside(target) as folder:
+        with progress("exporting", hf_convert.export_bytes(model, dtype)) as advance:
             hf_convert.export_weights(
                 reader, model, folder, dtype=dtype, max_shard_bytes=arguments.max_shard_size, on_bytes=advance
             )
@@ -164,7 +164,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
             agreement = _verify(checkpoint, folder, model, narrowed=dtype not in (stored, torch.float32))
             print(agreement.text)
             if not agreement.good:
-                rejected = _keep_rejected(folder, target)
+                rejected = keep_rejected(folder, target)
                 print(f"error: the logits differ; the folder is not published, see {rejected}.", file=sys.stderr)
                 return EXIT_MISMATCH
     print(f"{target}: {_name(dtype)}, {sum(p.stat().st_size for p in target.iterdir()):,} bytes")
@@ -173,7 +173,7 @@ def _to_hf(arguments: argparse.Namespace) -> int:
 
 def _from_hf(arguments: argparse.Namespace) -> int:
     target: Path = arguments.save
-    _refuse_existing(target)
+    refuse_existing(target)
     from megatron_ext.checkpoint import hf_convert, hf_llama, layout
     from megatron_ext.checkpoint.hf_folder import HfReader
     from megatron_ext.data.tokenizer import Tokenizer, export_tokenizer
@@ -187,14 +187,14 @@ def _from_hf(arguments: argparse.Namespace) -> int:
     reader.check_shapes(hf_llama.hf_shapes(model))
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    with _aside(target) as folder:
+    with aside(target) as folder:
         sha256 = None
         if (arguments.load / "tokenizer.json").exists():
             export_tokenizer(arguments.load, folder / "tokenizer", model_max_length=model.max_position_embeddings)
             sha256 = Tokenizer.load(folder / "tokenizer").sha256
         else:
             print(f"warning: {arguments.load}: no tokenizer.json, so the run has no tokenizer.", file=sys.stderr)
-        with _progress("importing", hf_convert.import_bytes(reader, model)) as advance:
+        with progress("importing", hf_convert.import_bytes(reader, model)) as advance:
             hf_convert.import_folder(reader, model, folder, tokenizer_sha256=sha256, on_bytes=advance)
     print(f"{target / layout.CHECKPOINTS / layout.directory_name(0)}: weights of {arguments.load}")
     return 0
@@ -307,92 +307,6 @@ def _transformers_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         rows = [hf(row.unsqueeze(0).to(device.current())).logits.float().cpu() for row in tokens]
     return torch.cat(rows)
-
-
-# --- folders and progress -----------------------------------------------------------------------------------
-
-
-def _refuse_existing(target: Path) -> None:
-    if target.is_dir() and not any(target.iterdir()):
-        target.rmdir()
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; remove it or give another --save.")
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """Give a folder to fill beside the target; it gets the target's name only if all went well."""
-    folder = target.with_name(target.name + ".partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    if folder.exists():
-        _sync(folder)
-        folder.rename(target)
-        _sync(target.parent)
-
-
-def _keep_rejected(folder: Path, target: Path) -> Path:
-    rejected = target.with_name(target.name + ".rejected")
-    shutil.rmtree(rejected, ignore_errors=True)
-    return folder.rename(rejected)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _progress(task: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show bytes done, rate and time left: a bar on a terminal, a line every ten seconds elsewhere."""
-    if sys.stderr.isatty() and find_spec("rich") is not None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (
-            TextColumn(task),
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            handle = bar.add_task(task, total=total)
-            yield lambda count: bar.advance(handle, count)
-        return
-    started = shown = time.monotonic()
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done, shown
-        done += count
-        now = time.monotonic()
-        if now - shown >= 10 or done == total:
-            shown = now
-            rate = done / max(now - started, 1e-9)
-            print(
-                f"{task}: {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {rate / 1e6:,.0f} MB/s, "
-                f"{max(0, total - done) / rate:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    yield advance
 
 
 if __name__ == "__main__":

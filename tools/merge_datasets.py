@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_ext.data.manifest import Manifest
 
 BLOCK = 1 << 20
-"""Documents in memory at a time."""
+"""Documents or sequences in memory at a time."""
 
 EPILOG = """\
 The pairs are joined in the order given; a folder stands for all pairs in it, sorted by name. Documents, empty ones
@@ -144,7 +144,7 @@ def merge(sources: Sequence[Source], output: Path, stream: TextIO) -> IndexedTot
             raise DataError(f"{faults[0]} Preprocess this data again.")
     with IndexedWriter(output, dtype=files[0].dtype) as writer:
         for file in files:
-            writer.add_part(bin_path(file.prefix), file.sequence_lengths, sequences_per_document(file))
+            writer.add_part(bin_path(file.prefix), sequence_lengths(file), sequences_per_document(file))
             progress.update(file.bin_bytes, file.num_documents)
         totals = writer.publish()
     progress.close()
@@ -154,14 +154,17 @@ def merge(sources: Sequence[Source], output: Path, stream: TextIO) -> IndexedTot
     return totals
 
 
-def sequences_per_document(file: IndexedFile) -> npt.NDArray[np.int32]:
-    """Count `[documents]` sequences of each document: four bytes a document, not the eight of a plain difference."""
-    import numpy as np
+def sequence_lengths(file: IndexedFile) -> Iterator[npt.NDArray[np.int32]]:
+    """Give `[sequences]` tokens of each sequence, in blocks."""
+    for start in range(0, file.sequence_lengths.size, BLOCK):
+        yield file.sequence_lengths[start : start + BLOCK]
 
-    counts = np.empty(file.num_documents, dtype=np.int32)
-    for start in range(0, counts.size, BLOCK):
-        counts[start : start + BLOCK] = np.diff(file.document_indices[start : start + BLOCK + 1])
-    return counts
+
+def sequences_per_document(file: IndexedFile) -> Iterator[npt.NDArray[np.int32]]:
+    """Count `[documents]` sequences of each document, in blocks."""
+    for start in range(0, file.num_documents, BLOCK):
+        indices = file.document_indices[start : start + BLOCK + 1]
+        yield (indices[1:] - indices[:-1]).astype("<i4")
 
 
 def join_manifests(manifests: Sequence[Manifest], totals: IndexedTotals) -> Manifest:

@@ -34,7 +34,14 @@ RUN is a run directory. Nothing is asked of the run itself: this works on anothe
 directory, and after the run has ended. A run is "stalled" when its metrics have had no new row for three
 times the longest pause between rows so far, and for a minute at least.
 """
-_COLORS = {"running": "green", "finished": "green", "starting": "yellow", "stopped": "yellow", "stalled": "red"}
+_COLORS = {
+    "running": "green",
+    "finished": "green",
+    "starting": "yellow",
+    "stopped": "yellow",
+    "stalled": "red",
+    "failed": "red",
+}
 _SPARKLINE_WIDTH = 40
 _LISTED = 5
 """Restarts, skips and rewinds told one by one; of more, the newest."""

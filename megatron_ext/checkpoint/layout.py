@@ -1,4 +1,4 @@
-"""Checkpoint directories on disk: names, wholeness, publication, retention. Standard library only.
+"""Checkpoint directories on disk: names, wholeness, publication, retention. No torch.
 
     RUN/checkpoints/
       latest                 name of the newest whole checkpoint, written last
@@ -6,20 +6,27 @@
       iter_0002000.tmp/      being written, or left behind by a run that died; never read
 
 A directory is whole when it carries the published name and every file that its `megapints.json`
-lists is there with the size listed. The `latest` file is a convenience for people; what is loaded is decided
+lists is there with the size listed. Before anything is taken from it, the files' digests are compared too, which
+means reading them (digests.py). The `latest` file is a convenience for people; what is loaded is decided
 by looking at the directories themselves.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+import os
 import re
 import shutil
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_ext.checkpoint import digests
+from megatron_ext.checkpoint.digests import FileRecord
 from megatron_ext.durable import flush, write_whole
 from megatron_ext.errors import CheckpointError
 
@@ -27,6 +34,10 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 DESCRIPTION = "megapints.json"
 FORMAT = 1
+_LOG = logging.getLogger(__name__)
+_OWN_DIGEST = "own_digest"
+_REMOVED = ".removed"
+_FLUSHED_TOGETHER = 4  # small files share one commit of the file system's journal
 _PUBLISHED = re.compile(r"iter_(\d{7,})\Z")
 
 
@@ -46,6 +57,10 @@ class CheckpointDescription:
     tokenizer_sha256: str | None
     topology: dict[str, int]
     """Degrees that it was saved at."""
+    weights: dict[str, Any] | None = None
+    """Checksum of the weights (`sum`, of sharded.py) and their `types`; None where it was not taken."""
+    recent_losses: tuple[float, ...] = ()
+    """What the next loss is measured against, newest last; none where spikes were not looked for."""
 
 
 class Rejected(NamedTuple):
@@ -78,6 +93,11 @@ def temporary_path(checkpoints: Path, iteration: int) -> Path:
     return checkpoints / f"{directory_name(iteration)}.tmp"
 
 
+def published_path(checkpoints: Path, iteration: int) -> Path:
+    """Where a checkpoint is when it is whole."""
+    return checkpoints / directory_name(iteration)
+
+
 def prepare_temporary(checkpoints: Path, iteration: int) -> Path:
     """Make the empty directory that a save writes into, clearing what a dead run left there. One rank calls it."""
     path = temporary_path(checkpoints, iteration)
@@ -87,21 +107,33 @@ def prepare_temporary(checkpoints: Path, iteration: int) -> Path:
     return path
 
 
-def publish(temporary: Path, description: CheckpointDescription) -> Path:
+def publish(
+    temporary: Path, description: CheckpointDescription, written: Mapping[str, FileRecord] | None = None
+) -> Path:
     """Turn a fully written temporary directory into a whole checkpoint, and point `latest` at it. One rank calls it.
 
-    Every file is flushed to disk, then listed with its size in `megapints.json`, then the directory
+    Every file is on the disk, then listed with its size and digest in `megapints.json`, then the directory
     is renamed. A crash at any moment leaves either the temporary name or a whole checkpoint.
+
+    Args:
+        temporary: the directory.
+        description: what to say of it.
+        written: files that were digested and flushed by those who wrote them; the others are read for it here.
 
     Returns:
         The published path. An earlier checkpoint of the same iteration is replaced.
+
+    Raises:
+        CheckpointError: a file is not there as it was written.
     """
-    sizes: dict[str, int] = {}
-    for file in sorted(p for p in temporary.rglob("*") if p.is_file() and p.name != DESCRIPTION):
-        sizes[file.relative_to(temporary).as_posix()] = file.stat().st_size
-        flush(file)
-    body = {"format": FORMAT, **vars(description), "files": sizes}
-    write_whole(temporary / DESCRIPTION, json.dumps(body, indent=1) + "\n")
+    records = dict(written or {})
+    for name, record in records.items():
+        _check_written(temporary / name, record)
+    others = [p for p in temporary.rglob("*") if p.is_file() and p.name != DESCRIPTION]
+    names = [name for name in (p.relative_to(temporary).as_posix() for p in others) if name not in records]
+    with ThreadPoolExecutor(_FLUSHED_TOGETHER) as pool:
+        records |= zip(names, pool.map(lambda name: _flush_and_digest(temporary / name), names), strict=True)
+    write_whole(temporary / DESCRIPTION, _describe(description, records))
     published = temporary.with_suffix("")
     if published.exists():
         replaced = published.with_suffix(".replaced")
@@ -112,11 +144,55 @@ def publish(temporary: Path, description: CheckpointDescription) -> Path:
     else:
         temporary.rename(published)
     flush(published.parent)
-    write_whole(published.parent / LATEST, published.name + "\n")
+    _point_at(published)
     for left in published.parent.glob("iter_*.tmp"):
         if left.name < published.name:  # of a run that died; each would hold a whole checkpoint's disk space
             shutil.rmtree(left, ignore_errors=True)
     return published
+
+
+def _flush_and_digest(file: Path) -> FileRecord:
+    flush(file)
+    return digests.of_file(file)
+
+
+def _check_written(file: Path, record: FileRecord) -> None:
+    try:
+        with file.open("rb") as stream:  # opening it makes a network file system look again
+            size = os.fstat(stream.fileno()).st_size
+    except OSError as error:
+        raise CheckpointError(
+            f"{file}: was written, but is not there for rank 0 ({error.strerror}); all nodes must share run_dir."
+        ) from None
+    if size != record.size:
+        raise CheckpointError(
+            f"{file}: {record.size} bytes were written, {size} are there; all nodes must share run_dir."
+        )
+
+
+def _describe(description: CheckpointDescription, records: Mapping[str, FileRecord]) -> str:
+    body = {
+        "format": FORMAT,
+        **vars(description),
+        "files": {name: records[name].size for name in sorted(records)},
+        "digests": {
+            "algorithm": digests.ALGORITHM,
+            "files": {name: records[name].digest for name in sorted(records)},
+        },
+    }
+    return json.dumps(body | {_OWN_DIGEST: _own_digest(body)}, indent=1) + "\n"
+
+
+def _own_digest(body: dict[str, Any]) -> str:
+    return digests.of_text(json.dumps(body, sort_keys=True))
+
+
+def _point_at(published: Path) -> None:
+    try:
+        write_whole(published.parent / LATEST, published.name + "\n")
+    except OSError as error:
+        # Nothing is read from it: no reason to end a run whose checkpoint is whole.
+        _LOG.warning("%s: cannot be written (%s)", published.parent / LATEST, error.strerror)
 
 
 def read_description(path: Path) -> CheckpointDescription:
@@ -125,6 +201,35 @@ def read_description(path: Path) -> CheckpointDescription:
     Raises:
         CheckpointError: it is missing, damaged, or of a newer format.
     """
+    body = _read_body(path)
+    try:
+        found = {
+            field.name: body[field.name] if field.default is MISSING else body.get(field.name, field.default)
+            for field in fields(CheckpointDescription)
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{path / DESCRIPTION}: damaged (missing {error}).") from None
+    return CheckpointDescription(**found | {"recent_losses": tuple(found["recent_losses"])})  # JSON has no tuples
+
+
+def read_digests(path: Path) -> dict[str, FileRecord] | None:
+    """Read what each file of a checkpoint directory was when it was written; None: it was saved without digests.
+
+    Raises:
+        CheckpointError: `megapints.json` is missing or damaged, or the digests are of a kind that is not known here.
+    """
+    body = _read_body(path)
+    found = body.get("digests")
+    if found is None:
+        return None
+    if found["algorithm"] != digests.ALGORITHM:
+        raise CheckpointError(
+            f"{path / DESCRIPTION}: digests by {found['algorithm']}, this version knows {digests.ALGORITHM}."
+        )
+    return {name: FileRecord(size, found["files"][name]) for name, size in body["files"].items()}
+
+
+def _read_body(path: Path) -> dict[str, Any]:
     file = path / DESCRIPTION
     try:
         body = json.loads(file.read_text())
@@ -135,13 +240,14 @@ def read_description(path: Path) -> CheckpointDescription:
         ) from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: cannot be read ({error}).") from None
-    try:
-        if body["format"] != FORMAT:
-            raise CheckpointError(f"{file}: format {body['format']}, this version reads {FORMAT}.")
-        fields = {name: body[name] for name in CheckpointDescription.__dataclass_fields__}
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged (missing {error}).") from None
-    return CheckpointDescription(**fields)
+    if not isinstance(body, dict) or "format" not in body:
+        raise CheckpointError(f"{file}: damaged (missing 'format').")
+    if body["format"] != FORMAT:
+        raise CheckpointError(f"{file}: format {body['format']}, this version reads {FORMAT}.")
+    own = body.pop(_OWN_DIGEST, None)
+    if own != (_own_digest(body) if own is not None or "digests" in body else None):
+        raise CheckpointError(f"{file}: damaged (its content is not what was written).")
+    return body
 
 
 def why_not_whole(path: Path) -> str | None:
@@ -150,7 +256,7 @@ def why_not_whole(path: Path) -> str | None:
         return "it was never published (a save was interrupted)"
     try:
         read_description(path)
-        files = json.loads((path / DESCRIPTION).read_text()).get("files")
+        files = _read_body(path).get("files")
     except CheckpointError as error:
         return str(error)
     if not isinstance(files, dict):
@@ -165,8 +271,13 @@ def why_not_whole(path: Path) -> str | None:
     return None
 
 
-def find_newest(checkpoints: Path) -> Found:
-    """Find the newest whole checkpoint under a `checkpoints` directory, and what newer directories were passed over."""
+def find_newest(checkpoints: Path, bad: Mapping[Path, str] | None = None) -> Found:
+    """Find the newest whole checkpoint under a `checkpoints` directory, and what newer directories were passed over.
+
+    Args:
+        checkpoints: the directory.
+        bad: checkpoints that are known to be damaged though all their files are there, and what is wrong with them.
+    """
     if not checkpoints.is_dir():
         return Found(None, ())
     candidates = sorted(
@@ -176,7 +287,7 @@ def find_newest(checkpoints: Path) -> Found:
     )
     rejected: list[Rejected] = []
     for path in candidates:
-        reason = why_not_whole(path)
+        reason = (bad or {}).get(path) or why_not_whole(path)
         if reason is None:
             return Found(path, tuple(rejected))
         rejected.append(Rejected(path, reason))
@@ -221,18 +332,38 @@ def expired(iterations: Iterable[int], *, keep_last: int | None, keep_every: int
     ]
 
 
-def apply_retention(checkpoints: Path, *, keep_last: int | None, keep_every: int | None) -> list[Path]:
+def remove_expired(
+    checkpoints: Path, *, keep_last: int | None, keep_every: int | None, bad: Collection[Path] = ()
+) -> list[Path]:
     """Remove expired checkpoints. One rank calls it, and only after a newer one was published.
 
-    Only whole checkpoints count towards `keep_last`, so a damaged one never displaces a good one.
+    It takes seconds where files are large, and may run beside training. What cannot be removed is told, and no more:
+    the newer checkpoint is whole all the same.
+
+    Args:
+        checkpoints: the directory.
+        keep_last: how many of the newest to keep. Only whole ones count, so a damaged one never displaces a good one.
+        keep_every: besides, keep those whose iteration is a multiple of this.
+        bad: checkpoints that are known to be damaged though all their files are there.
+
+    Returns:
+        What they were called.
     """
-    whole = [p for p in checkpoints.iterdir() if iteration_of(p) is not None and why_not_whole(p) is None]
-    by_iteration = {iteration_of(p) or 0: p for p in whole}
-    removed = []
-    for iteration in expired(by_iteration, keep_last=keep_last, keep_every=keep_every):
-        path = by_iteration[iteration]
-        doomed = path.with_suffix(".removed")
-        path.rename(doomed)  # a half-removed directory must not look whole
-        shutil.rmtree(doomed)
-        removed.append(path)
-    return removed
+    named = [p for p in checkpoints.iterdir() if iteration_of(p) is not None and p not in bad]
+    by_iteration = {iteration_of(p) or 0: p for p in named if why_not_whole(p) is None}
+    gone = [by_iteration[i] for i in expired(by_iteration, keep_last=keep_last, keep_every=keep_every)]
+    for path in gone:
+        with _told(path):
+            path.rename(path.with_suffix(_REMOVED))  # a half-removed directory must not look whole
+    for path in checkpoints.glob(f"iter_*{_REMOVED}"):  # also of a run that was ended while it did this
+        with _told(path):
+            shutil.rmtree(path)
+    return gone
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _LOG.warning("%s: cannot be removed (%s), and takes up disk space", path, error.strerror)

@@ -1,39 +1,32 @@
-"""Save and load the state of a run with megatron-core's distributed checkpoints. Their only door.
+"""Save and load the state of a run: what a checkpoint consists of, when it counts, what is taken from it.
 
-Traps of megatron-core 0.16.1 and 0.19.2 that this file walks round are named where it does.
+megatron-core's sharded state is behind sharded.py, the writing of files behind writer.py.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
+import shutil
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint import fit, layout, sharded, verify
 from megatron_ext.checkpoint.layout import CheckpointDescription
-from megatron_ext.config.derived import bucket_size, head_size, padded_vocab_size
-from megatron_ext.config.tree import Config, ModelConfig, ParallelConfig
+from megatron_ext.checkpoint.sharded import Planned, WeightSum
+from megatron_ext.checkpoint.writer import Staging, Writing, Written
+from megatron_ext.config.tree import Config
 from megatron_ext.errors import CheckpointError
-from megatron_ext.parallel import device, groups
+from megatron_ext.parallel import groups
 from megatron_ext.parallel.groups import Place
 
 _LOG = logging.getLogger(__name__)
-_UNSHARDED = "unsharded"
-# Settings that decide which sample comes when, and what it is; (section, field).
-_SAMPLES = (
-    ("train", "seed"), ("train", "seq_length"), ("data", "train_data"), ("data", "train_weights"),
-    ("data", "train_weights_unit"), ("data", "split"), ("data", "valid_data"), ("data", "sample_index"),
-    ("data", "eod_mask_loss"), ("data", "document_mask"),
-)  # fmt: skip
-
-
-# Fields of the model that fit any weights but change what they mean (CodeLlama is continued with another rotary base).
-_MEANING = ("layernorm_epsilon", "rotary_base", "rotary_scaling_factor")
 
 
 class Progress(NamedTuple):
@@ -42,6 +35,43 @@ class Progress(NamedTuple):
     iteration: int
     consumed_samples: int
     consumed_tokens: int
+    recent_losses: tuple[float, ...] = ()
+    """What the next loss is measured against, newest last."""
+
+
+class Published(NamedTuple):
+    """A checkpoint that is whole now."""
+
+    progress: Progress
+    path: Path
+    blocking_seconds: float
+    """For which training stood still."""
+    seconds: float
+    """From the beginning until it was whole."""
+    bytes: int
+    """On rank 0; 0 elsewhere."""
+
+
+@dataclass
+class _UnderWay:
+    """A save that is being written, and then published."""
+
+    progress: Progress
+    begin: float
+    """By time.monotonic()."""
+    planned: Planned
+    writing: Writing
+    blocked: float = 0.0
+    """Seconds for which training stood still."""
+    written: bool = False
+    """Whether all ranks have written their shares."""
+    publishing: Future[int] | None = None
+    """On rank 0, once they have; its result is the size in bytes."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank has something to wait for."""
+        return self.writing.running if not self.written else not (self.publishing is None or self.publishing.done())
 
 
 class Checkpoints:
@@ -64,165 +94,250 @@ class Checkpoints:
         self._directory = directory
         self._chunks = list(bare_chunks)
         self._optimizer = optimizer
-        self._tokenizer_sha256 = tokenizer_sha256
-        self._transformer_engine = transformer_engine
-        self._queue: Any = None
+        self._mine = fit.Mine(config, tokenizer_sha256, transformer_engine)
+        self._planner = sharded.SavePlanner()
+        self._removing: Future[None] = Future()
+        self._removing.set_result(None)
+        self._staging = Staging()
+        self._under_way: _UnderWay | None = None
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._published: list[Published] = []
+        self._damaged: dict[Path, str] = {}
         self.last_saved: int | None = None
         """Iteration of the newest save that was begun or loaded."""
+        self.last_save_seconds: float | None = None
+        """Time that the newest published save took, from its beginning until it was whole."""
 
     # --- saving ---------------------------------------------------------------------------------------------------
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint; with async_save, stage it and let it be written in the background.
+        """Write a checkpoint; with async_save, copy the state and let it be written in the background.
 
         A save that is still being written is waited for first, so at most one copy of the state is in flight.
-        """
-        from megatron.core import dist_checkpointing
 
+        Raises:
+            CheckpointError: this save failed, or the one before it did. What was written of it is removed.
+        """
+        begin = time.monotonic()
         self.wait()
+        waited = time.monotonic() - begin
+        if waited > 1.0 and self._config.checkpoint.async_save and self._place.rank == 0:
+            _LOG.warning("waited %.0f s for the save before to be written; save less often", waited)
+        begin = time.monotonic()
+        path = layout.temporary_path(self._directory, progress.iteration)
         with groups.together():
             if self._place.rank == 0:
+                self._removing.result()  # its disk space may be needed
                 try:
                     layout.prepare_temporary(self._directory, progress.iteration)
                 except OSError as error:
                     raise CheckpointError(f"{self._directory}: cannot write a checkpoint ({error.strerror}).") from None
-        path = layout.temporary_path(self._directory, progress.iteration)
-        metadata = _metadata(self._optimizer_format())
-        asynchronous = self._config.checkpoint.async_save
-        request = dist_checkpointing.save(
-            self._state(metadata),
-            str(path),
-            _save_strategy(),
-            async_sharded_save=asynchronous,
-            # The group cannot be stored, and a load makes its own.
-            content_metadata={k: v for k, v in metadata.items() if k != "dp_cp_group"},
-            **_async_strategy(dist_checkpointing.save),
-        )
+        metadata = sharded.state_metadata(self._optimizer_format())
+        planned = self._planner.plan(self._state(metadata), path, metadata=metadata)
+        files = planned.shards.files
+        if self._config.checkpoint.async_save:
+            files = self._copied(files)
+        writing = Writing(path, files, weight_keys=planned.weight_keys)
+        self._under_way = _UnderWay(progress, begin, planned, writing)
         self.last_saved = progress.iteration
-        if asynchronous:
-            request.add_finalize_fn(lambda: self._publish(progress))
-            self._async_queue().schedule_async_request(request)
+        if not self._config.checkpoint.async_save:
+            self.wait()
+        blocked = time.monotonic() - begin
+        if self._under_way is not None:
+            self._under_way.blocked = blocked
         else:
-            self._publish(progress)
+            self._published[-1] = self._published[-1]._replace(blocking_seconds=blocked)
 
-    def poll(self) -> None:
-        """Publish a background save that has finished meanwhile. Every rank calls it each iteration."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=False)
+    def poll(self) -> list[Published]:
+        """Take a background save a step further if it has come to one. Every rank calls it each iteration.
+
+        Returns:
+            What has been published since the last call, also by `save`, `wait` and `close`.
+
+        Raises:
+            CheckpointError: the background save failed.
+        """
+        if self._under_way is not None and not groups.any_rank(self._under_way.busy):
+            self._proceed(self._under_way)
+        published, self._published = self._published, []
+        return published
 
     def wait(self) -> None:
-        """Wait until no save is under way."""
-        if self._queue is not None:
-            self._queue.maybe_finalize_async_calls(blocking=True)
+        """Wait until no save is under way.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        while self._under_way is not None:
+            self._proceed(self._under_way)
 
     def close(self) -> None:
-        """Finish what is under way and stop the background writer."""
+        """Finish what is under way, and give back the memory that saves were copied into."""
         self.wait()
-        if self._queue is not None:
-            self._queue.close()
-            self._queue = None
+        self._aside.shutdown()
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._staging = Staging()
 
-    def _publish(self, progress: Progress) -> None:
-        settings = self._config.checkpoint
+    def _copied(self, files: Any) -> Any:
         with groups.together():
-            if self._place.rank == 0:
-                try:
-                    path = layout.publish(
-                        layout.temporary_path(self._directory, progress.iteration), self._description(progress)
-                    )
-                    layout.apply_retention(
-                        self._directory, keep_last=settings.keep_last, keep_every=settings.keep_every
-                    )
-                except OSError as error:
-                    raise CheckpointError(f"{self._directory}: cannot publish a checkpoint ({error}).") from None
-                _LOG.info("saved %s", path)
+            try:
+                return self._staging.copy(files)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint.async_save: rank {self._place.rank} cannot have the memory for a copy of its state "
+                    f"({error.strerror}); use checkpoint.async_save false, or a node with more."
+                ) from None
 
-    def _description(self, progress: Progress) -> CheckpointDescription:
+    def _proceed(self, save: _UnderWay) -> None:
+        """Gather what all ranks wrote and begin to publish it, or, when that was done, conclude. Waits if it must."""
+        if not save.written:
+            written = save.writing.join()
+            mine = (written, WeightSum(tuple(save.planned.weight_types), written.weight_sum))
+            found: list[Any] | None = [None] * self._place.world_size if self._place.rank == 0 else None
+            dist.gather_object(mine, found, dst=0)
+            save.written = True
+            if found is not None:
+                save.publishing = self._aside.submit(self._publish_or_clear, save, found)
+            return
+        self._under_way = None
+        with groups.together():
+            size = 0 if save.publishing is None else save.publishing.result()
+        path = layout.published_path(self._directory, save.progress.iteration)
+        self._damaged.pop(path, None)
+        self.last_save_seconds = time.monotonic() - save.begin
+        self._published.append(Published(save.progress, path, save.blocked, self.last_save_seconds, size))
+
+    def _publish_or_clear(self, save: _UnderWay, found: list[tuple[Written, WeightSum]]) -> int:
+        """Complete a checkpoint that all ranks have written their shares of; returns its size. Beside training."""
+        iteration = save.progress.iteration
+        temporary = layout.temporary_path(self._directory, iteration)
+        try:
+            path = self._publish(temporary, save, found)
+            _LOG.info("saved %s", path)
+            size = sum(file.stat().st_size for file in path.iterdir())
+        except (CheckpointError, OSError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk is the likeliest reason: give it back
+            raise CheckpointError(
+                f"the checkpoint of iteration {iteration} could not be saved, and the run ends here rather than train "
+                f"on without: {_reason(error)} {self._what_is_left()}"
+            ) from None
+        self._removing = self._aside.submit(self._remove_superfluous, path)
+        return size
+
+    def _remove_superfluous(self, newest: Path) -> None:
+        settings, bad = self._config.checkpoint, self._damaged.keys() - {newest}
+        layout.remove_expired(self._directory, keep_last=settings.keep_last, keep_every=settings.keep_every, bad=bad)
+
+    def _publish(self, temporary: Path, save: _UnderWay, found: list[tuple[Written, WeightSum]]) -> Path:
+        failed = [f"rank {rank}: {error}" for rank, (written, _) in enumerate(found) for error in written.errors]
+        if failed:
+            raise CheckpointError(f"{'; '.join(failed)}.")
+        save.planned.shards.finish(save.planned.index, [written.results for written, _ in found])
+        for name, content in save.planned.small_files.items():
+            (temporary / name).write_bytes(content)
+        weights = sharded.add_sums([part for _, part in found])
+        records = {name: record for written, _ in found for name, record in written.files.items()}
+        return layout.publish(temporary, self._description(save.progress, weights=weights._asdict()), records)
+
+    def _what_is_left(self) -> str:
+        newest = layout.find_newest(self._directory, self._damaged).path
+        if newest is None:
+            return "There is no older one. Mend that, and start again."
+        return f"Older ones are untouched: mend that, start again, and the run goes on from {newest}."
+
+    def _description(self, progress: Progress, weights: dict[str, Any] | None = None) -> CheckpointDescription:
         return CheckpointDescription(
             **progress._asdict(),
             model=asdict(self._config.model),
             config=asdict(self._config),
             optimizer_format=self._optimizer_format(),
-            tokenizer_sha256=self._tokenizer_sha256,
+            tokenizer_sha256=self._mine.tokenizer_sha256,
             topology={
                 "tensor_model_parallel_size": self._place.tensor_size,
                 "pipeline_model_parallel_size": self._place.pipeline_size,
                 "context_parallel_size": self._place.context_size,
                 "data_parallel_size": self._place.data_size,
-                "transformer_engine": int(self._transformer_engine),
+                "transformer_engine": int(self._mine.transformer_engine),
             },
+            weights=weights,
         )
 
     def _optimizer_format(self) -> str:
-        distributed = self._config.parallel.use_distributed_optimizer
-        return self._config.checkpoint.optimizer_format if distributed else _UNSHARDED
-
-    def _async_queue(self) -> Any:
-        if self._queue is None:
-            from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
-            self._queue = AsyncCallsQueue()
-        return self._queue
+        return fit.optimizer_format(self._config)
 
     # --- loading --------------------------------------------------------------------------------------------------
 
     def resume(self) -> Progress | None:
         """Load the newest whole checkpoint of this run, if there is one. Every rank calls it.
 
+        All files are read and compared with their digests first; a checkpoint that is damaged is passed over with a
+        warning, and the next older one is tried.
+
         Raises:
-            CheckpointError: it does not fit this configuration or layout.
+            CheckpointError: it does not fit this configuration or layout, or there are only damaged ones.
         """
-        found = layout.find_newest(self._directory)
-        if self._place.rank == 0:
-            for rejected in found.rejected:
-                _LOG.warning("ignored %s: %s", rejected.path, rejected.reason)
-        path = groups.broadcast_object(found.path)  # one rank decides; a slow file system must not split the ranks
-        if path is None:
-            return None
+        path = verify.find_newest(self._directory, self._damaged, self._place)
+        return None if path is None else self._resume_from(path)
+
+    def load_all(self, path: Path) -> Progress:
+        """Load one checkpoint with its optimizer. Every rank calls it.
+
+        Raises:
+            CheckpointError: it is damaged, or does not fit this configuration or layout.
+        """
+        self._refuse_damaged(path)
+        return self._resume_from(path)
+
+    def _resume_from(self, path: Path) -> Progress:
         with groups.together():
             description = layout.read_description(path)
-            self._check_resumable(path, description)
+            notes = fit.check_resumable(path, description, self._mine)
         self._load(path, description, weights_only=False)
         self.last_saved = description.iteration
         if self._place.rank == 0:
+            for note in notes:
+                _LOG.warning("%s", note)
             _LOG.info("resumed from %s", path)
-        return Progress(description.iteration, description.consumed_samples, description.consumed_tokens)
+        return Progress(
+            iteration=description.iteration,
+            consumed_samples=description.consumed_samples,
+            consumed_tokens=description.consumed_tokens,
+            recent_losses=tuple(description.recent_losses),
+        )
 
     def load_weights(self, path: Path) -> None:
         """Load only the weights of a checkpoint directory, of any layout. Every rank calls it.
 
         Raises:
-            CheckpointError: the weights are of another model.
+            CheckpointError: it is damaged, or the weights are of another model.
         """
+        self._refuse_damaged(path)
         with groups.together():
             description = layout.read_description(path)
-            self._check_model(path, description, meaning=False)
+            notes = fit.check_model(path, description, self._config.model, meaning=False)
         self._load(path, description, weights_only=True)
         if self._place.rank == 0:
+            for note in notes:
+                _LOG.warning("%s", note)
             _LOG.info("took the weights of %s (iteration %d)", path, description.iteration)
 
-    def _load(self, path: Path, description: CheckpointDescription, *, weights_only: bool) -> None:
-        from megatron.core import __version__ as version
-        from megatron.core import dist_checkpointing
-        from megatron.core.dist_checkpointing.validation import StrictHandling
+    def _refuse_damaged(self, path: Path) -> None:
+        damage = verify.find_damage(path, self._place)
+        if damage is not None:
+            raise CheckpointError(f"{path}: {damage}; take another checkpoint.")
 
-        if not (path / "common.pt").exists() and version.startswith("0.16"):
-            raise CheckpointError(
-                f"{path}: written by megatron-core 0.18 or later, which {version} cannot read; resume it with Python "
-                "3.12 or later, or take its weights through tools/convert_checkpoint.py to-hf and from-hf."
-            )
-        metadata = _metadata(description.optimizer_format or _UNSHARDED)
-        same_grid = description.topology == self._description(Progress(0, 0, 0)).topology
+    def _load(self, path: Path, description: CheckpointDescription, *, weights_only: bool) -> None:
+        metadata = sharded.state_metadata(description.optimizer_format or fit.UNSHARDED)
+        # Random states are kept by tensor- and pipeline-parallel rank, and are the same on all that share those.
+        mine = self._description(Progress(0, 0, 0)).topology
+        same_grid = all(
+            description.topology.get(f"{axis}_model_parallel_size") == mine[f"{axis}_model_parallel_size"]
+            for axis in ("tensor", "pipeline")
+        )
         state = self._state(metadata, loading=True, weights_only=weights_only, rng=same_grid)
         # Leaf parameters are written in place (fp32 with dp_reshardable), hence no_grad.
         with torch.no_grad():
-            loaded = dist_checkpointing.load(
-                state,
-                str(path),
-                _load_strategy(str(path)),
-                # What is asked for must be there; the optimizer of a weights-only load need not be asked for.
-                strict=StrictHandling.RAISE_UNEXPECTED,
-            )
+            loaded = sharded.load(state, path)
             for name, chunk in self._named_chunks():
                 missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
                 missing = [key for key in missing if not key.endswith("_extra_state")]
@@ -235,50 +350,21 @@ class Checkpoints:
                 _adopt_rates(loaded["optimizer"], self._optimizer.param_groups[0])
                 self._optimizer.load_state_dict(loaded["optimizer"])
         if not weights_only and same_grid:
-            _set_rng_states(loaded["rng"])
+            sharded.set_rng_states(loaded["rng"])
+        self._check_weights(path, description, metadata)
 
-    def _check_resumable(self, path: Path, description: CheckpointDescription) -> None:
-        self._check_model(path, description, meaning=True)
-        mine, theirs = self._optimizer_format(), description.optimizer_format
-        if theirs is None:
-            raise CheckpointError(f"{path}: holds weights only; start from it with checkpoint.init_from.")
-        if (mine == _UNSHARDED) != (theirs == _UNSHARDED):
+    def _check_weights(self, path: Path, description: CheckpointDescription, metadata: dict[str, Any]) -> None:
+        """Compare the weights in memory with those that were saved, where they are of the same type."""
+        if description.weights is None:
+            return
+        saved = WeightSum(tuple(description.weights["types"]), description.weights["sum"])
+        found = sharded.sum_weights([self._chunk_state(chunk, metadata) for _, chunk in self._named_chunks()])
+        if sharded.QUANTIZED not in found.types and found.types == saved.types and found.sum != saved.sum:
             raise CheckpointError(
-                f"{path}: saved with parallel.use_distributed_optimizer = {str(theirs != _UNSHARDED).lower()}, this "
-                "run has the other; use the same, or start anew with checkpoint.init_from."
+                f"{path}: the weights that were loaded are not those that were saved (checksum {found.sum:08x}, "
+                f"not {saved.sum:08x}), though its files are as they were written; do not go on from it with this "
+                "software or on these devices."
             )
-        there = _cut(description.config["parallel"] | description.topology)
-        here = _cut(asdict(self._config.parallel))
-        moved = [f"parallel.{name} {there[name]} -> {here[name]}" for name in here if there[name] != here[name]]
-        if description.topology.get("transformer_engine", 0) != self._transformer_engine:
-            # Their layers hold the same parameters in another order, and this format goes by order.
-            moved.append("model.transformer_impl: local to Transformer Engine, or back")
-        if moved and theirs == "dp_reshardable":
-            raise CheckpointError(
-                f"{path}: saved as dp_reshardable, so only the number of data-parallel ranks may change "
-                f"({', '.join(moved)}); resume with the saved settings, save once with checkpoint.optimizer_format "
-                "fully_reshardable, then change."
-            )
-        if description.tokenizer_sha256 not in (None, self._tokenizer_sha256):
-            raise CheckpointError(
-                f"{path}: trained with another tokenizer than data.tokenizer ({self._config.data.tokenizer})."
-            )
-        if self._place.rank == 0:
-            for line in sample_changes(description.config, self._config):
-                _LOG.warning("samples or their order are not those of %s: %s", path, line)
-
-    def _check_model(self, path: Path, description: CheckpointDescription, *, meaning: bool) -> None:
-        try:
-            theirs = ModelConfig(**description.model)
-        except TypeError as error:
-            raise CheckpointError(f"{path}: its model is of another version of megapints ({error}).") from None
-        there, here = _identity(theirs), _identity(self._config.model)
-        differing = [f"{name} {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
-        shaping = [line for line in differing if not line.startswith(_MEANING)]
-        if shaping or (meaning and differing):
-            raise CheckpointError(f"{path}: of another model: {'; '.join(differing)}.")
-        if differing and self._place.rank == 0:
-            _LOG.warning("the weights of %s were trained with %s", path, "; ".join(differing))
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -286,6 +372,12 @@ class Checkpoints:
         if len(self._chunks) == 1:
             return [("model", self._chunks[0])]
         return [(f"model{index}", chunk) for index, chunk in enumerate(self._chunks)]
+
+    def _chunk_state(self, chunk: Any, metadata: dict[str, Any]) -> dict[str, Any]:
+        sharded_state = chunk.sharded_state_dict(metadata=metadata)
+        # `_extra_state` is the scaling history of FP8's delayed recipe, as a pickle; it builds up again in a few
+        # iterations. Elsewhere it is an empty object that would tie a checkpoint to one implementation.
+        return {k: v for k, v in sharded_state.items() if not k.endswith("_extra_state")}
 
     def _state(
         self,
@@ -295,47 +387,18 @@ class Checkpoints:
         weights_only: bool = False,
         rng: bool = True,
     ) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        for name, chunk in self._named_chunks():
-            sharded = chunk.sharded_state_dict(metadata=metadata)
-            # `_extra_state` is the scaling history of FP8's delayed recipe, as a pickle; it builds up again in a few
-            # iterations. Elsewhere it is an empty object that would tie a checkpoint to one implementation.
-            state[name] = {k: v for k, v in sharded.items() if not k.endswith("_extra_state")}
+        state: dict[str, Any] = {name: self._chunk_state(chunk, metadata) for name, chunk in self._named_chunks()}
         if not weights_only:
             state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
             if rng:
-                state["rng"] = _sharded_rng_states(self._place)
+                state["rng"] = sharded.sharded_rng_states(self._place)
         return state
 
 
-def _cut(parallel: dict[str, Any]) -> dict[str, Any]:
-    """What decides how dp_reshardable optimizer state is cut: the stage's parameters, and their buckets."""
-    sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size")
-    known = {name: parallel[name] for name in ParallelConfig.__dataclass_fields__ if name in parallel}
-    return {**{name: parallel[name] for name in sizes}, "ddp_bucket_size": bucket_size(ParallelConfig(**known))}
-
-
-def _identity(model: ModelConfig) -> dict[str, Any]:
-    """What must be equal for weights to fit a model, resolved (a default spelt out is no difference)."""
-    names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "vocab_size",
-             "share_embeddings_and_output_weights", *_MEANING)  # fmt: skip
-    resolved = {"kv_channels": head_size(model), "padded vocab_size": padded_vocab_size(model)}
-    return {**{name: getattr(model, name) for name in names}, **resolved}
-
-
-def sample_changes(saved: dict[str, Any], config: Config) -> list[str]:
-    """List the settings that changed since a checkpoint and that decide which sample comes when, and what it is."""
-    now = asdict(config)
-    changes = []
-    for section, name in _SAMPLES:
-        # A checkpoint from before a setting existed did what is its default now.
-        default = {field.name: field.default for field in fields(getattr(config, section))}[name]
-        before, after = saved.get(section, {}).get(name, default), now[section][name]
-        if (list(before) if isinstance(before, list | tuple) else before) != (
-            list(after) if isinstance(after, list | tuple) else after
-        ):
-            changes.append(f"{section}.{name} {before} -> {after}")
-    return changes
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}."
+    return str(error)
 
 
 def _adopt_rates(saved: Any, group: dict[str, Any]) -> None:
@@ -349,62 +412,3 @@ def _adopt_rates(saved: Any, group: dict[str, Any]) -> None:
             saved[bound] = group[bound]
     for value in saved.values() if isinstance(saved, dict) else saved if isinstance(saved, list) else ():
         _adopt_rates(value, group)
-
-
-def _metadata(optimizer_format: str) -> dict[str, Any]:
-    # Left out, distrib_optim_sharding_type defaults to fully_sharded_model_space, which raises.
-    sharding = optimizer_format if optimizer_format != _UNSHARDED else "fully_reshardable"
-    return {
-        "distrib_optim_sharding_type": sharding,
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": groups.data_context_group(),
-    }
-
-
-def _async_strategy(function: Any) -> dict[str, str]:
-    # From 0.18 on the default is NVIDIA's resiliency extension, which is not a requirement of ours.
-    return {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(function).parameters else {}
-
-
-def _save_strategy() -> Any:
-    from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-
-    return FullyParallelSaveStrategyWrapper(
-        get_default_save_sharded_strategy("torch_dist"), groups.data_context_group()
-    )
-
-
-def _load_strategy(path: str) -> Any:
-    from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
-    from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
-
-    return FullyParallelLoadStrategyWrapper(get_default_load_sharded_strategy(path), groups.data_context_group())
-
-
-def _sharded_rng_states(place: Place) -> Any:
-    """Wrap this rank's generators: one entry per tensor- and pipeline-parallel rank, the same on its replicas."""
-    from megatron.core.dist_checkpointing.mapping import ShardedObject
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    states = {
-        "cpu": torch.get_rng_state(),
-        "device": device.rng_state(),
-        "tracker": dict(get_cuda_rng_tracker().get_states()),
-    }
-    return ShardedObject(
-        "rng",
-        states,
-        (place.pipeline_size, place.tensor_size),
-        (place.pipeline_rank, place.tensor_rank),
-        replica_id=place.data_rank * place.context_size + place.context_rank,
-    )
-
-
-def _set_rng_states(states: dict[str, Any]) -> None:
-    from megatron.core.tensor_parallel import get_cuda_rng_tracker
-
-    torch.set_rng_state(states["cpu"])
-    device.set_rng_state(states["device"])
-    get_cuda_rng_tracker().set_states(states["tracker"])

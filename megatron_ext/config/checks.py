@@ -17,7 +17,7 @@ from megatron_ext.config import derived, layout_checks
 from megatron_ext.config.tree import Config
 
 _AT_LEAST_ZERO = """train.seed optimizer.lr_warmup_iters optimizer.min_lr optimizer.weight_decay
-    optimizer.clip_grad optimizer.adam_beta1 optimizer.adam_beta2"""
+    optimizer.clip_grad optimizer.adam_beta1 optimizer.adam_beta2 reliability.rewind_skip_iters"""
 _AT_LEAST_ONE = """model.num_layers model.hidden_size model.ffn_hidden_size model.num_attention_heads
     model.num_query_groups model.kv_channels model.vocab_size model.make_vocab_size_divisible_by
     model.max_position_embeddings model.rotary_scaling_factor
@@ -25,12 +25,15 @@ _AT_LEAST_ONE = """model.num_layers model.hidden_size model.ffn_hidden_size mode
     parallel.ddp_bucket_size parallel.recompute_num_layers
     train.seq_length train.micro_batch_size train.global_batch_size train.train_iters train.exit_iters
     train.eval_interval train.eval_iters train.manual_gc_interval
-    optimizer.lr_decay_iters optimizer.lr_wsd_decay_iters
+    optimizer.lr_decay_iters optimizer.lr_wsd_decay_iters reliability.max_bad_iterations
+    reliability.replica_check_interval reliability.straggler_interval
     checkpoint.save_interval checkpoint.keep_last checkpoint.keep_every log.interval"""
 _ABOVE_ZERO = """model.layernorm_epsilon model.rotary_base model.init_method_std model.output_init_method_std
     parallel.distributed_timeout_minutes data.max_epochs train.exit_duration_minutes
-    optimizer.lr optimizer.adam_eps log.peak_tflops"""
+    optimizer.lr optimizer.adam_eps reliability.spike_deviations log.peak_tflops"""
 
+# Losses without which their standard deviation is not one to go by.
+_SMALLEST_WINDOW = 10
 # How far the tokens that train_weights add up to may be from those that the run reads.
 _PLAN_TOLERANCE = 0.01
 
@@ -258,6 +261,26 @@ def _checkpoints(config: Config) -> Iterator[str]:
         )
 
 
+def _bad_iterations(config: Config) -> Iterator[str]:
+    settings = config.reliability
+    if settings.spike_window_iters < _SMALLEST_WINDOW:
+        yield (
+            f"reliability.spike_window_iters ({settings.spike_window_iters}) must be at least {_SMALLEST_WINDOW}: fewer "
+            "losses say nothing of how much they vary."
+        )
+    if settings.bad_iteration_policy == "rewind" and config.checkpoint.save_interval is None:
+        yield (
+            "reliability.bad_iteration_policy (rewind) goes back to the last checkpoint, and checkpoint.save_interval "
+            '("none") saves none before the run stops; give an interval, or take the policy skip.'
+        )
+
+
+def _stragglers(config: Config) -> Iterator[str]:
+    ratio = config.reliability.straggler_ratio
+    if not 1 < ratio < math.inf:
+        yield f"reliability.straggler_ratio ({ratio}) must be greater than 1, which is the median rank itself."
+
+
 def _ignored_settings(config: Config) -> Iterator[str]:
     """Refuse settings that another setting makes meaningless, wherever they differ from their default."""
     for section, names, ignored, reason in _ignoring(config):
@@ -273,7 +296,8 @@ def _ignoring(config: Config) -> tuple[tuple[str, str, bool, str], ...]:
     """Return (section, its fields, whether they are ignored, why)."""
     precision, parallel, data = config.precision, config.parallel, config.data
     train, optimizer, checkpoint = config.train, config.optimizer, config.checkpoint
-    never_validates = train.eval_interval is None
+    reliability, never_validates = config.reliability, train.eval_interval is None
+    policy = reliability.bad_iteration_policy
     style = optimizer.lr_decay_style
     return (
         (
@@ -330,6 +354,30 @@ def _ignoring(config: Config) -> tuple[tuple[str, str, bool, str], ...]:
             checkpoint.init_from is not None,
             "with checkpoint.init_from, because the weights are read",
         ),
+        (
+            "reliability",
+            "max_bad_iterations",
+            policy == "stop",
+            "with reliability.bad_iteration_policy stop",
+        ),
+        (
+            "reliability",
+            "rewind_skip_iters",
+            policy != "rewind",
+            f"with reliability.bad_iteration_policy {policy}",
+        ),
+        (
+            "reliability",
+            "spike_window_iters",
+            reliability.spike_deviations is None,
+            "without reliability.spike_deviations",
+        ),
+        (
+            "reliability",
+            "straggler_ratio",
+            reliability.straggler_interval is None,
+            'with reliability.straggler_interval "none"',
+        ),
     )
 
 
@@ -348,4 +396,6 @@ _RULES: dict[Callable[[Config], Iterator[str]], tuple[str, ...]] = {
     _split: (),
     _schedule: ("train", "optimizer"),
     _checkpoints: ("checkpoint",),
+    _bad_iterations: (),
+    _stragglers: (),
 }

@@ -93,7 +93,9 @@ class ParallelConfig:
     recompute_num_layers: int = 1
     """Layers per recomputed block when recompute_granularity is full."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that waits longer than this ends the run."""
+    """A rank that stands still for longer, in a collective or out of one, ends the run, and the rank that the others
+    wait for is named. In a start, a first iteration and a save: three times this.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -213,23 +215,27 @@ class ReliabilityConfig:
     preflight: bool = True
     """Before the first iteration, measure links and devices, and check clocks, file system, disk and data."""
     deterministic: bool = False
-    """Repeat a run bit for bit on the same layout and software: slower kernels on a GPU; a CPU always does."""
+    """Repeat a run bit for bit on the same layout, software and kind of machine: slower on a GPU; a CPU always does."""
     bad_iteration_policy: Literal["stop", "skip", "rewind"] = "stop"
-    """At a spike, or a loss or gradient norm that is not finite: stop, pass its samples over, or go back and do so."""
+    """At a spike, or a loss or gradient norm that is not finite, make no update, and: stop; skip: go on with the next
+    iteration; rewind: go back to the last checkpoint, and pass the bad iteration over when training comes to it again.
+    """
     max_bad_iterations: int = 3
-    """Bad iterations that are passed over or rewound in a run; one more stops it."""
+    """Bad iterations that a run may have, restarts included; one more stops it."""
     spike_deviations: float | None = None
-    """A loss this many standard deviations above the mean of the last ones is a spike; default: none is."""
+    """A loss more than this many standard deviations above the mean of the last ones is a spike; default: none is."""
     spike_window_iters: int = 100
-    """Iterations whose losses a spike is measured against."""
+    """Good iterations whose losses a spike is measured against; before there are so many, no loss is a spike."""
     rewind_skip_iters: int = 0
-    """Iterations before the bad one whose samples rewind passes over too, as far as the checkpoint goes back."""
+    """Iterations before the bad one that rewind passes over too, as far as the checkpoint goes back."""
     replica_check_interval: int | None = 1000
-    """Iterations between comparisons of the weights of data-parallel replicas; none: never."""
+    """Iterations between comparisons of the weights of data-parallel replicas, which stop the run where they differ;
+    none: never.
+    """
     straggler_interval: int | None = 100
     """Iterations between comparisons of the ranks' own times; none: never."""
     straggler_ratio: float = 1.3
-    """A rank is reported when its own time is this many times the median rank's."""
+    """A rank is reported when its own time is this many times the median rank's, in three comparisons in a row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -241,7 +247,7 @@ class LogConfig:
     tensorboard: bool = True
     """Write TensorBoard event files into the run directory."""
     samples: bool = False
-    """Write down which samples each iteration was given, in samples/ of the run directory."""
+    """Write down which samples each iteration was trained on, in samples/ of the run directory."""
     wandb_project: str | None = None
     """Weights & Biases project; default: not used. Works offline (WANDB_MODE=offline)."""
     progress: Literal["auto", "on", "off"] = "auto"

@@ -14,10 +14,11 @@
 //               's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 //               and the symbols are bytes.
 //
-// Word starts are found in blocks of 64 bytes, as a 64-bit mask, by one table of ASCII byte pairs; only blocks that
-// hold other bytes are decoded. All words of a block are asked of the cache before the first is used, so that its
-// misses in the processor's caches overlap. C ABI, no Python headers, little-endian processors of 64 bits; texts must
-// be valid UTF-8. A handle is for one thread at a time.
+// Word starts are found in blocks of 64 bytes, as a 64-bit mask, by one table of ASCII byte pairs, or, for byte level on
+// x86-64, from masks of classes that 16 bytes at a time give; only blocks that hold other bytes are decoded. All words
+// of a block are asked of the cache before the first is used, so that its misses in the processor's caches overlap. C
+// ABI, no Python headers, little-endian processors of 64 bits; texts must be valid UTF-8. A handle is for one thread at
+// a time.
 
 #include <algorithm>
 #include <cstdint>
@@ -30,6 +31,9 @@
 
 #ifdef __linux__
 #include <sys/mman.h>
+#endif
+#ifdef __SSE2__  // all of x86-64 has it
+#include <emmintrin.h>
 #endif
 
 namespace {
@@ -305,6 +309,42 @@ class AddedTokens {
 // What a pair of neighbouring ASCII bytes says about word starts.
 constexpr u8 kStartsHere = 1, kStartsBefore = 2, kContraction = 4;
 
+#ifdef __SSE2__
+
+// The bytes of a block that are of a class, as masks; ASCII, with the usual classes.
+struct AsciiClasses {
+  u64 letters = 0, numbers = 0, spaces = 0, plain_spaces = 0, quotes = 0;
+
+  explicit AsciiClasses(const u8* p) {
+    for (int base = 0; base < kBlock; base += 16) {
+      const __m128i c = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + base));
+      const __m128i plain = _mm_cmpeq_epi8(c, _mm_set1_epi8(' '));
+      letters |= bits(within(_mm_or_si128(c, plain_bit()), 'a', 26)) << base;
+      numbers |= bits(within(c, '0', 10)) << base;
+      spaces |= bits(_mm_or_si128(plain, within(c, '\t', 5))) << base;
+      plain_spaces |= bits(plain) << base;
+      quotes |= bits(_mm_cmpeq_epi8(c, _mm_set1_epi8('\''))) << base;
+    }
+  }
+
+  static CharClass of(u32 c) {
+    return (c | 0x20) - 'a' < 26 ? kLetter : c - '0' < 10 ? kNumber : c == ' ' || c - '\t' < 5 ? kSpace : kOther;
+  }
+
+ private:
+  static __m128i plain_bit() { return _mm_set1_epi8(0x20); }
+
+  // The comparison is of signed numbers: the range is moved down to where these begin.
+  static __m128i within(__m128i c, int first, int count) {
+    return _mm_cmplt_epi8(_mm_sub_epi8(c, _mm_set1_epi8(static_cast<char>(first + 128))),
+                          _mm_set1_epi8(static_cast<char>(count - 128)));
+  }
+
+  static u64 bits(__m128i bytes) { return static_cast<u32>(_mm_movemask_epi8(bytes)); }
+};
+
+#endif
+
 // Finds words. `starts` gives a mask over 64 bytes.
 class Words {
  public:
@@ -316,6 +356,10 @@ class Words {
       classes_.set(' ', kSpace);
       classes_.set(kMetaspaceChar, kSpace);
     }
+#ifdef __SSE2__
+    usual_ = style_ == kByteLevel;
+    for (u32 c = 0; c < 128; ++c) usual_ = usual_ && classes_.get(c) == AsciiClasses::of(c);
+#endif
     joined_.assign(kJoinedBits / 64, 0);
     std::vector<u8> ascii(128 * 128, 0);
     for (i64 i = 0; i < config.num_pairs; ++i) {
@@ -342,6 +386,14 @@ class Words {
       return style_ == kByteLevel ? contractions(decoded(text, block, n), text, block, n) : decoded(text, block, n);
     u64 before = 0, quotes = 0;
     const u8* p = text + block;
+#ifdef __SSE2__
+    if (usual_) {
+      u64 here = usual_starts(p, block > 0 ? p[-1] : 0, left, &quotes);
+      if (block == 0) here |= 1;
+      if (unlikely(quotes | carried_ | carried_off_)) here = contractions(here, text, block, n);
+      return block == 0 ? here & ~1ull : here;
+    }
+#endif
     u64 here = pairs_[(block > 0 ? p[-1] : 0) | p[0] << 8] & kStartsHere;
     if (style_ != kMetaspace) {
       for (int base = 0; base < kBlock && base < left; base += 16)
@@ -392,6 +444,26 @@ class Words {
     for (int k = 0; k < kBlock; k += 8) any |= load64(p + k);
     return (any & 0x8080808080808080ull) != 0;
   }
+
+#ifdef __SSE2__
+  // The same for byte level in ASCII, from masks of classes instead of pairs.
+  static u64 usual_starts(const u8* p, u8 previous, i64 left, u64* quotes) {
+    const AsciiClasses here(p);
+    const CharClass last = AsciiClasses::of(previous), next = AsciiClasses::of(p[kBlock]);
+    const u64 spaces_before = here.spaces << 1 | (last == kSpace);
+    const u64 letters_before = here.letters << 1 | (last == kLetter);
+    const u64 numbers_before = here.numbers << 1 | (last == kNumber);
+    const u64 plain_before = here.plain_spaces << 1 | (previous == ' ');
+    const u64 others = ~(here.letters | here.numbers | here.spaces);
+    const u64 others_before = ~(letters_before | numbers_before | spaces_before);
+    const u64 changes = (here.letters & ~letters_before) | (here.numbers & ~numbers_before) | (others & ~others_before);
+    u64 last_spaces = here.spaces & ~(here.spaces >> 1 | static_cast<u64>(next == kSpace) << 63);
+    if (left <= kBlock) last_spaces &= (1ull << (left - 1)) - 1;
+    *quotes = here.quotes & (here.letters >> 1 | static_cast<u64>(next == kLetter) << 63);
+    const u64 starts = (here.spaces & ~spaces_before) | (changes & ~plain_before) | last_spaces;
+    return left < kBlock ? starts & ((1ull << left) - 1) : starts;
+  }
+#endif
 
   u64 decoded(const u8* text, i64 block, i64 n) const {
     const i64 end = std::min(block + kBlock, n);
@@ -465,6 +537,7 @@ class Words {
   }
 
   Style style_;
+  bool usual_ = false;  // byte level, and ASCII's classes are what AsciiClasses takes them for
   CharMap<u8> classes_;
   std::vector<u64> joined_;
   u8 pairs_[1 << 15] = {};

@@ -24,7 +24,7 @@ import errno
 import os
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ _BLOCK = 1 << 20
 """Numbers of the index in memory at a time."""
 
 TokenArray = npt.NDArray[np.integer[Any]]
+Numbers = npt.NDArray[np.int32]
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -90,19 +91,26 @@ class IndexedWriter:
         prefix: path of the pair without .bin and .idx.
         dtype: the ids' type.
         aside: folder for the unfinished files, in the prefix's file system; by default the prefix's own.
+        ids: a .bin to go on with, in the prefix's file system, which stays when the block ends without `publish`;
+            `add_lengths` is to be given what it holds already.
     """
 
-    def __init__(self, prefix: str | Path, *, dtype: np.dtype[Any], aside: Path | None = None) -> None:
+    def __init__(
+        self, prefix: str | Path, *, dtype: np.dtype[Any], aside: Path | None = None, ids: Path | None = None
+    ) -> None:
         self._prefix = Path(prefix)
         self._dtype = np.dtype(dtype).newbyteorder("<")
         unfinished = self._prefix if aside is None else aside / self._prefix.name
-        self._bin_aside = aside_path(bin_path(unfinished))
+        self._bin_aside = ids or aside_path(bin_path(unfinished))
+        self._keeps_ids = ids is not None
         self._idx_aside = aside_path(idx_path(unfinished))
         self._documents_aside = aside_path(Path(f"{unfinished}.documents"))
         self._sequences = self._documents = self._empty_documents = self._tokens = 0
         self._totals: IndexedTotals | None = None
         with ExitStack() as opened:
-            self._bin = opened.enter_context(self._bin_aside.open("wb"))
+            # Not "ab": copy_file_range refuses such files.
+            self._bin = opened.enter_context(self._bin_aside.open("wb" if ids is None else "r+b"))
+            self._bin.seek(0, os.SEEK_END)
             self._idx = opened.enter_context(self._idx_aside.open("wb"))
             self._sequences_of_documents = opened.enter_context(self._documents_aside.open("wb"))
             self._idx.write(bytes(_HEADER.size))  # the counts come last
@@ -119,8 +127,10 @@ class IndexedWriter:
             with suppress(OSError):
                 self._files.close()
         finally:
-            for path in (self._bin_aside, self._idx_aside, self._documents_aside):
+            for path in (self._idx_aside, self._documents_aside):
                 path.unlink(missing_ok=True)
+            if not self._keeps_ids:
+                self._bin_aside.unlink(missing_ok=True)
 
     def add_document(self, ids: npt.ArrayLike) -> None:
         """Append one document, perhaps an empty one, as one sequence; its ids must fit the dtype."""
@@ -128,30 +138,41 @@ class IndexedWriter:
         self._bin.write(tokens.tobytes())
         self._add_lengths(np.array([tokens.size], dtype=np.int32))
 
-    def add_part(
-        self, path: Path, lengths: npt.NDArray[np.int32], sequences: npt.NDArray[np.int32] | None = None
-    ) -> None:
-        """Append a file of raw ids in the writer's dtype.
+    def add_part(self, path: Path, lengths: Iterable[Numbers], sequences: Iterable[Numbers] | None = None) -> None:
+        """Append a file of raw ids in the writer's dtype, the ids of some documents one after another.
 
         Args:
-            path: the ids of some documents, one after another.
-            lengths: `[documents]` tokens of each document, 0 for an empty one; with `sequences`
-                `[sequences]` tokens of each sequence, none of them 0. May be mapped from a file.
-            sequences: `[documents]` sequences of each document, 0 for an empty one.
+            path: the file.
+            lengths: as of `add_lengths`.
+            sequences: as of `add_lengths`.
 
         Raises:
             DataError: the file's size is not that of `lengths` (it was cut short, by a full disk say).
         """
-        expected = int(lengths.sum(dtype=np.int64)) * self._dtype.itemsize
-        if path.stat().st_size != expected:
-            raise DataError(f"{path}: holds {path.stat().st_size} bytes, must hold {expected}; run again.")
+        held, before = path.stat().st_size, self._tokens
         with path.open("rb") as part:
-            _append_file(part, self._bin, expected)
-        for start in range(0, lengths.size, _BLOCK):
-            self._add_lengths(lengths[start : start + _BLOCK], count_documents=sequences is None)
-        if sequences is not None:
-            for start in range(0, sequences.size, _BLOCK):
-                self._add_documents(sequences[start : start + _BLOCK])
+            _append_file(part, self._bin, held)
+        self.add_lengths(lengths, sequences)
+        if held != (expected := (self._tokens - before) * self._dtype.itemsize):
+            raise DataError(f"{path}: holds {held} bytes, must hold {expected}; run again.")
+
+    def add_lengths(self, lengths: Iterable[Numbers], sequences: Iterable[Numbers] | None = None) -> None:
+        """Append documents whose ids are in the .bin already.
+
+        Args:
+            lengths: `[documents]` tokens of each document, 0 for an empty one; with `sequences` `[sequences]` tokens
+                of each sequence, none of them 0. In blocks, of which one is in memory at a time.
+            sequences: `[documents]` sequences of each document, 0 for an empty one. In blocks.
+        """
+        for block in lengths:
+            self._add_lengths(block, count_documents=sequences is None)
+        for block in sequences or ():
+            self._add_documents(block)
+
+    def flush_ids(self) -> None:
+        """Flush the ids that have been appended to the disk."""
+        self._bin.flush()
+        os.fdatasync(self._bin.fileno())
 
     def _add_lengths(self, lengths: npt.NDArray[np.int32], *, count_documents: bool = True) -> None:
         held = lengths > 0
@@ -175,6 +196,7 @@ class IndexedWriter:
             self._bin.close()
             self._write_index()
             self._idx.close()
+            assert self._bin_aside.stat().st_size == self._tokens * self._dtype.itemsize, "ids without lengths"
             flush(self._bin_aside)
             flush(self._idx_aside)
             self._totals = IndexedTotals(
@@ -236,7 +258,12 @@ def _append_file(source: BinaryIO, target: BinaryIO, size: int) -> None:
         shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
-def _read_blocks(path: Path, start: int, count: int) -> Iterator[npt.NDArray[np.int32]]:
+def read_numbers(path: Path) -> Iterator[Numbers]:
+    """Read a file of int32 in blocks, as `IndexedWriter.add_lengths` takes them."""
+    return _read_blocks(path, 0, path.stat().st_size // 4)
+
+
+def _read_blocks(path: Path, start: int, count: int) -> Iterator[Numbers]:
     """Read `count` int32 from byte `start` of a file in blocks."""
     with path.open("rb") as file:
         file.seek(start)

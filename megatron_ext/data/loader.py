@@ -55,6 +55,9 @@ class Loader:
         self._place = place
         self._micro_batch_size = micro_batch_size
         self._seq_length = seq_length
+        self.delivered: list[int] = []
+        """Samples that this rank has read in the newest iteration, in the order of reading; blanks left out. Empty on a
+        rank that is given its batches by another."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,6 +73,7 @@ class Loader:
             global_batch_size: samples of this iteration, over all ranks.
             limit: samples from this index on are blanks whose loss does not count.
         """
+        self.delivered = []
         for block in micro_batch_samples(
             first,
             global_batch_size=global_batch_size,
@@ -87,6 +91,8 @@ class Loader:
         for k in block:
             real = limit is None or k < limit
             sample = self.samples[k if real else 0]
+            if real:
+                self.delivered.append(k)
             mask = sample.loss_mask.long() if real else torch.zeros_like(sample.labels)
             rows.append(torch.stack((sample.tokens, sample.labels, mask)))
         return torch.stack(rows, dim=1)

@@ -65,6 +65,7 @@ def build_transformer_config(config: Config) -> TransformerConfig:
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     fp8 = precision.dtype == "fp8"
     recompute = parallel.recompute_granularity
+    deterministic = config.reliability.deterministic
     return TransformerConfig(
         # shape
         num_layers=model.num_layers,
@@ -112,6 +113,8 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         recompute_granularity=None if recompute == "none" else recompute,
         recompute_method="uniform" if recompute == "full" else None,
         recompute_num_layers=parallel.recompute_num_layers if recompute == "full" else None,
+        # The backward pass of the embedding, and Transformer Engine's choice of attention.
+        deterministic_mode=deterministic,
         # kernels: all need CUDA, and some need Transformer Engine or apex
         attention_backend=AttnBackend.auto,
         masked_softmax_fusion=False,
@@ -121,7 +124,8 @@ def build_transformer_config(config: Config) -> TransformerConfig:
         apply_rope_fusion=engine,
         # Megatron's fused cross-entropy returns bf16 gradients. Transformer Engine's (2.17.1) also keeps the softmax in
         # the bf16 logits' buffer, where the gradient of a token at p = 0.999 rounds to 0.
-        cross_entropy_loss_fusion=cuda and dtype is torch.bfloat16,
+        # Nor does it repeat itself bit for bit (megatron/training/arguments.py of core_v0.16.1 asserts it is off).
+        cross_entropy_loss_fusion=cuda and dtype is torch.bfloat16 and not deterministic,
         cross_entropy_fusion_impl="native",
         gradient_accumulation_fusion=device.has_apex(),
     )

@@ -41,6 +41,15 @@ def select(local_rank: int) -> None:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
 
 
+def choose_algorithms(*, deterministic: bool) -> None:
+    """Let torch take the fastest kernels, or only those that give the same bits each time.
+
+    An operation that has no such kernel then raises. Only half of the matter on CUDA: what cuBLAS, NCCL and
+    Transformer Engine do is said in the environment (`launch.runtime_defaults`).
+    """
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def synchronize() -> None:
     """Wait until the device has finished what was queued."""
     if is_cuda():
@@ -101,3 +110,12 @@ def set_rng_state(state: dict[str, Any]) -> None:
 def pin(tensor: torch.Tensor) -> torch.Tensor:
     """Page-lock a host tensor so that its copy to the device overlaps computation; as it is on the CPU."""
     return tensor.pin_memory() if is_cuda() else tensor
+
+
+def page_lock(memory: torch.Tensor) -> None:
+    """Page-lock host memory where it lies, so that copies from the device run at the link's speed; not on the CPU.
+
+    Where the system does not allow it (`ulimit -l`), copies only take longer.
+    """
+    if is_cuda():
+        torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)

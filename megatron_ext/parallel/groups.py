@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,9 @@ from megatron_ext.config.tree import ParallelConfig
 from megatron_ext.errors import MegapintsError
 from megatron_ext.parallel import cpu_adapter, device
 from megatron_ext.parallel.launch import Launch
+
+LONG_PHASE_FACTOR = 3
+"""A start, a save or a first iteration may let a collective wait so many times longer than others."""
 
 
 class Place(NamedTuple):
@@ -41,13 +45,15 @@ def initialize(parallel: ParallelConfig, launch: Launch, *, seed: int) -> Place:
     being the same on all ranks (model/init.py draws them by name).
     """
     device.select(launch.local_rank)
-    timeout = datetime.timedelta(minutes=parallel.distributed_timeout_minutes)
+    # training/watchdog.py ends what hangs, and knows who hung. The groups' own limits stand behind it, one minute after
+    # the last that it waits for, and in whole minutes, because Megatron takes no others.
+    minutes = math.ceil(LONG_PHASE_FACTOR * parallel.distributed_timeout_minutes) + 1
     dist.init_process_group(
         device.backend(),
         init_method=f"tcp://{launch.master_addr}:{launch.master_port}",
         rank=launch.rank,
         world_size=launch.world_size,
-        timeout=timeout,
+        timeout=datetime.timedelta(minutes=minutes),
     )
     cpu_adapter.install()
     from megatron.core import parallel_state, tensor_parallel
@@ -57,8 +63,7 @@ def initialize(parallel: ParallelConfig, launch: Launch, *, seed: int) -> Place:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        # Subgroups do not inherit init_process_group's timeout, and Megatron takes whole minutes only.
-        distributed_timeout_minutes=max(1, round(parallel.distributed_timeout_minutes)),
+        distributed_timeout_minutes=minutes,  # subgroups do not inherit that of init_process_group
         create_gloo_process_groups=True,
     )
     place = where_am_i()
@@ -111,6 +116,7 @@ def together() -> Iterator[None]:
     errors: list[MegapintsError | None] = gather_objects(error)
     for found in errors:
         if found is not None:
+            found.everywhere = True
             raise found
 
 
@@ -173,6 +179,19 @@ def pipeline_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state as ps
 
     return ps.get_pipeline_model_parallel_group()
+
+
+def axis_groups() -> dict[str, dist.ProcessGroup]:
+    """Groups of several ranks that this rank communicates in, by axis; `data` is the one that reduces gradients."""
+    from megatron.core import parallel_state as ps
+
+    found = {
+        "tensor": ps.get_tensor_model_parallel_group(),
+        "context": ps.get_context_parallel_group(),
+        "data": data_context_group(),
+        "pipeline": pipeline_group(),
+    }
+    return {axis: group for axis, group in found.items() if dist.get_world_size(group) > 1}
 
 
 def is_first_stage(chunk: int, num_chunks: int) -> bool:

@@ -26,8 +26,17 @@ _LAST_STEP_ID = 0xFFFFFFF0
 # Ports for rendezvous: above most services that clusters run, below Linux's ephemeral range (32768).
 _FIRST_PORT, _NUM_PORTS = 12000, 20000
 _LOOPBACK = "127.0.0.1"
+# What a run on CUDA needs to repeat itself bit for bit: sums between ranks in the order of a ring (a tree may differ
+# from job to job), cuBLAS with fixed workspaces, Transformer Engine's attention without atomics, kernels of
+# torch.compile chosen without timing them. The first three are what megatron/training/determinism.py (2026) asks for.
+_DETERMINISTIC = {
+    "NCCL_ALGO": "Ring",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
+}
 _RECORDED = re.compile(
-    r"(CUDA|NCCL|NVTE|TORCH|PYTORCH|OMP|MKL|GLOO|UCX|OMPI_COMM_WORLD|PMI|SLURM|WANDB|HF|MASTER|NVIDIA|CUBLAS)_"
+    r"(CUDA|NCCL|NVTE|TORCH(?:INDUCTOR)?|PYTORCH|OMP|MKL|GLOO|UCX|OMPI_COMM_WORLD|PMI|SLURM|WANDB|HF|MASTER|NVIDIA|CUBLAS)_"
     r"|(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|TOKENIZERS_PARALLELISM)\Z"
 )
 _SECRET = re.compile(r"KEY|TOKEN(?!IZERS)|SECRET|PASS|CREDENTIAL|AUTH|COOKIE", re.IGNORECASE)
@@ -57,12 +66,25 @@ class Job(NamedTuple):
     """When the scheduler will end it, in seconds since 1970; None: it has no limit, or nobody says."""
     record: Path | None = None
     """Where its batch script reads how the run ended; None: nobody asks."""
+    number: str | None = None
+    """Slurm's; None: there is no job."""
+    restarts: int = 0
+    """How often Slurm has started it again."""
+    previous_end: str = ""
+    """How its former start ended, as far as its batch script could see."""
 
 
 def find_job() -> Job:
     """Read what Slurm or `slurm/pretrain.sbatch` say of the job; an empty one outside of Slurm."""
     end_time, record = os.environ.get("SLURM_JOB_END_TIME", ""), os.environ.get("MEGAPINTS_JOB_RECORD")
-    return Job(float(end_time) if end_time.isdigit() else None, Path(record) if record else None)
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "")
+    return Job(
+        end_time=float(end_time) if end_time.isdigit() else None,
+        record=Path(record) if record else None,
+        number=os.environ.get("SLURM_JOB_ID"),
+        restarts=int(restarts) if restarts.isdigit() else 0,
+        previous_end=os.environ.get("MEGAPINTS_PREVIOUS_END", ""),
+    )
 
 
 def find_launch() -> Launch:
@@ -372,23 +394,36 @@ def cuda_is_visible() -> bool:
     return Path("/dev/nvidiactl").exists() and visible not in ("", "-1")
 
 
-def set_runtime_environment(*, cuda: bool) -> None:
+def set_runtime_environment(*, cuda: bool, deterministic: bool = False) -> None:
     """Set what libraries read from the environment when they start, where the person has not set it.
 
     Call it before torch is imported; a child process inherits it.
+
+    Raises:
+        LaunchError: a variable is set to what a deterministic run must not have.
     """
-    for name, value in runtime_defaults(os.environ, cuda=cuda, cores=_usable_cores()).items():
+    defaults = runtime_defaults(os.environ, cuda=cuda, cores=_usable_cores(), deterministic=deterministic)
+    for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
-def runtime_defaults(environment: Mapping[str, str], *, cuda: bool, cores: int) -> dict[str, str]:
-    """Choose the defaults that `set_runtime_environment` sets. Pure; `cores` is what this process may use."""
+def runtime_defaults(
+    environment: Mapping[str, str], *, cuda: bool, cores: int, deterministic: bool = False
+) -> dict[str, str]:
+    """Choose the defaults that `set_runtime_environment` sets. Pure; `cores` is what this process may use.
+
+    Raises:
+        LaunchError: a variable is set to what a deterministic run must not have.
+    """
     # The tokenizers library warns and turns its threads off at a fork after use, as data workers do.
     defaults = {"TOKENIZERS_PARALLELISM": "false"}
     if cuda:
         # Tensor- and context-parallel overlap counts on kernels starting in the order they were queued, up to
         # Hopper (megatron/training/arguments.py of core_v0.16.1 asserts it).
         defaults["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+        if deterministic:
+            _check_deterministic(environment)
+            defaults |= _DETERMINISTIC
     else:
         # Megatron decorates small functions with torch.compile, which would need a C++ compiler on the CPU.
         defaults["TORCH_COMPILE_DISABLE"] = "1"
@@ -399,6 +434,15 @@ def runtime_defaults(environment: Mapping[str, str], *, cuda: bool, cores: int) 
         threads = int(per_task) if per_task.isdigit() else cores // local_world_size
         defaults["OMP_NUM_THREADS"] = str(max(1, threads))
     return {name: value for name, value in defaults.items() if name not in environment}
+
+
+def _check_deterministic(environment: Mapping[str, str]) -> None:
+    for name, value in _DETERMINISTIC.items():
+        if environment.get(name, value) != value:
+            raise LaunchError(
+                f"environment: {name} ({environment[name]}) must be {value} with reliability.deterministic, or a run "
+                "could not be repeated; unset it, or switch that off."
+            )
 
 
 def _usable_cores() -> int:

@@ -9,17 +9,23 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megatron_ext.checkpoint.save_load import Published
 from megatron_ext.config.load import to_toml
 from megatron_ext.config.tree import Config
 from megatron_ext.durable import write_whole
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.flops import flops_per_token
 from megatron_ext.parallel import device, groups
+from megatron_ext.parallel.launch import Job
+from megatron_ext.training import restarts
+from megatron_ext.training.bad_iterations import BadIteration
 from megatron_ext.training.evaluate import EvalResult
 from megatron_ext.training.state import StepResult, TrainState
+from megatron_ext.training.stragglers import Straggler
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,15 +45,17 @@ class Rates(NamedTuple):
 class Metrics:
     """Collects and writes the figures of a run. Every rank makes one."""
 
-    def __init__(self, config: Config, run_dir: Path, *, rank: int, world_size: int) -> None:
+    def __init__(self, config: Config, run_dir: Path, *, rank: int, world_size: int, job: Job | None = None) -> None:
         self._config = config
+        self._path = run_dir / restarts.METRICS
+        self._job = Job() if job is None else job
         self._active = rank == 0
         self._world_size = world_size
         self._flops = flops_per_token(config.model, config.train.seq_length).total
         self._peak = config.log.peak_tflops or device.peak_bf16_tflops()
         self._since = self._last_iteration_end = 0.0
-        self._iterations = self._tokens = 0
-        self._loss_sum = 0.0
+        self._iterations = self._updates = self._tokens = 0
+        self._loss_sum = self._grad_norm = 0.0
         self._stream: Any = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -58,8 +66,8 @@ class Metrics:
                 self._open(run_dir)
 
     def _open(self, run_dir: Path) -> None:
-        _end_cut_line(run_dir / "metrics.jsonl")
-        self._stream = (run_dir / "metrics.jsonl").open("a", buffering=1)
+        restarts.end_cut_line(self._path)
+        self._stream = self._path.open("a", buffering=1)
         if self._config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -72,7 +80,7 @@ class Metrics:
         self._reset()
         if not self._active:
             return
-        self._write({"kind": "start", "world_size": self._world_size, "device": device.name()}, state)
+        self._write_start(state)
         wanted = self._config.log.progress
         from rich.console import Console
 
@@ -80,33 +88,52 @@ class Metrics:
         if wanted == "on" or (wanted == "auto" and console.is_terminal):
             self._display, self._task = _start_display(console, self._config, state)
 
+    def _write_start(self, state: TrainState) -> None:
+        """Say what started, and, where the run had been started before, what ended that and what it cost."""
+        row = {"kind": "start", "world_size": self._world_size, "device": device.name(), "job": self._job.number}
+        restart = restarts.find_restart(self._path, iteration=state.iteration, job=self._job, now=time.time())
+        if restart is not None:
+            _LOG.info("%s", restart)
+            row |= {"restart": restart.number} | {k: v for k, v in restart._asdict().items() if k != "number"}
+        self._write({name: value for name, value in row.items() if value is not None}, state)
+
     def count(self, state: TrainState, result: StepResult) -> None:
         """Take note of one iteration. Cheap: nothing is written."""
         self._last_iteration_end = time.perf_counter()
         self._iterations += 1
-        self._tokens += result.tokens
-        self._loss_sum += result.loss
+        if result.updated:
+            self._updates += 1
+            self._tokens += result.tokens
+            self._loss_sum += result.loss
+            self._grad_norm = result.grad_norm
         if self._display is not None:
             self._display.update(self._task, completed=state.iteration, loss=f"{result.loss:.4f}")
 
     def log_train(self, state: TrainState, result: StepResult) -> None:
-        """Report the iterations since the last report: their mean loss and speed, and the last one's rates."""
+        """Report the iterations since the last report: their mean loss and speed, and the last one's rates.
+
+        Iterations that made no update have no share in the loss, nor in the tokens per second.
+        """
         rates = self._rates()
-        loss = self._loss_sum / self._iterations
+        updates, loss_sum, grad_norm = self._updates, self._loss_sum, self._grad_norm
         self._reset()
         if not self._active:
             return
         last = self._config.train.exit_iters or self._config.train.train_iters
+        if not updates:
+            _LOG.info("iteration %d/%d | no update since the last report", state.iteration, last)
+            return
+        loss = loss_sum / updates
         mfu = "" if rates.mfu is None else f" ({rates.mfu:.1%} MFU of {self._peak:g})"
         _LOG.info(
             "iteration %d/%d | loss %.4f | lr %.3e | grad norm %.3f | %.3g s/it | %s tokens/s | %s tokens/s/GPU | "
             "%.2f TFLOP/s%s | ETA %s",
-            state.iteration, last, loss, result.lr, result.grad_norm, rates.iteration_seconds,
+            state.iteration, last, loss, result.lr, grad_norm, rates.iteration_seconds,
             f"{rates.tokens_per_second:,.0f}", f"{rates.tokens_per_second_per_gpu:,.0f}", rates.tflops_per_gpu, mfu,
             _duration((last - state.iteration) * rates.iteration_seconds),
         )  # fmt: skip
         row = {
-            "kind": "train", "loss": loss, "lr": result.lr, "grad_norm": result.grad_norm,
+            "kind": "train", "loss": loss, "lr": result.lr, "grad_norm": grad_norm,
             "global_batch_size": result.samples, **rates._asdict(),
         }  # fmt: skip
         memory = device.peak_memory_gib()
@@ -116,18 +143,44 @@ class Metrics:
 
     def log_eval(self, state: TrainState, result: EvalResult) -> None:
         """Report a validation. Its time does not count as training time."""
-        self._restart_clock()
+        self.restart_clock()
         if not self._active:
             return
         tokens = f"{result.tokens:,}"
         _LOG.info("iteration %d | validation loss %.4f over %s tokens", state.iteration, result.loss, tokens)
         self._write({"kind": "valid", "loss": result.loss, "tokens": result.tokens}, state)
 
-    def log_checkpoint(self, state: TrainState) -> None:
-        """Note that a checkpoint was written or begun. Its time does not count as training time."""
-        self._restart_clock()
+    def log_checkpoint(self, state: TrainState, published: Published) -> None:
+        """Note that a checkpoint is whole now; with async_save, some iterations after the one that it is of."""
         if self._active:
-            self._write({"kind": "checkpoint"}, state)
+            row = {"saved_iteration": published.progress.iteration, "seconds": published.blocking_seconds}
+            self._write({"kind": "checkpoint", **row, "bytes": published.bytes}, state)
+
+    def log_bad_iteration(self, state: TrainState, bad: BadIteration) -> None:
+        """Note a bad iteration, and which samples are passed over; `state` is where the run goes on from."""
+        if bad.policy == "rewind":
+            self._reset()  # what was counted since the last report is done again
+        if not self._active:
+            return
+        row = {
+            "kind": bad.policy, "bad_iteration": bad.iteration, "reason": bad.reason,
+            "iterations": [bad.first_iteration, bad.last_iteration], "first_sample": bad.first_sample,
+            "last_sample": bad.last_sample, "source": bad.source,
+        }  # fmt: skip
+        self._write(row, state)
+
+    def log_stragglers(self, state: TrainState, stragglers: Sequence[Straggler]) -> None:
+        """Note the ranks that keep the others waiting. Comparing them does not count as training time."""
+        self.restart_clock()
+        if self._active:
+            for straggler in stragglers:
+                self._write({"kind": "straggler", **straggler._asdict()}, state)
+
+    def log_replicas(self, state: TrainState, checksum: int) -> None:
+        """Note that all replicas hold the same weights, and which. Comparing them does not count as training time."""
+        self.restart_clock()
+        if self._active:
+            self._write({"kind": "replicas", "checksum": f"{checksum:016x}"}, state)
 
     def log_stop(self, state: TrainState, reason: str) -> None:
         """Report the end, and close everything."""
@@ -162,12 +215,12 @@ class Metrics:
         return Rates(seconds / self._iterations, tokens_per_second, per_gpu, tflops, mfu)
 
     def _reset(self) -> None:
-        self._iterations = self._tokens = 0
+        self._iterations = self._updates = self._tokens = 0
         self._loss_sum = 0.0
         self._since = self._last_iteration_end = time.perf_counter()
 
-    def _restart_clock(self) -> None:
-        """Take the time since the last iteration ended out of the running measurement."""
+    def restart_clock(self) -> None:
+        """Take the time since the last iteration ended out of the running measurement: it was not training."""
         self._since += time.perf_counter() - self._last_iteration_end
         self._last_iteration_end = time.perf_counter()
 
@@ -237,15 +290,6 @@ def _start_display(console: Any, config: Config, state: TrainState) -> tuple[Any
     task = display.add_task(config.name, total=last, completed=state.iteration, loss="-")
     display.start()
     return display, task
-
-
-def _end_cut_line(path: Path) -> None:
-    """Give a last line that a crash cut short its end, so that the next row starts on a line of its own."""
-    if path.exists() and path.stat().st_size:
-        with path.open("rb+") as stream:
-            stream.seek(-1, 2)
-            if stream.read(1) != b"\n":
-                stream.write(b"\n")
 
 
 def _duration(seconds: float) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_ext.checkpoint import hf_convert, hf_llama, layout
 from megatron_ext.checkpoint.hf_folder import HfReader
-from megatron_ext.checkpoint.save_load import Checkpoints
+from megatron_ext.checkpoint.save_load import Checkpoints, Progress
 from megatron_ext.config.tree import Config
 from megatron_ext.errors import CheckpointError
 from megatron_ext.parallel import groups
@@ -24,11 +24,12 @@ def starting_state(config: Config, checkpoints: Checkpoints) -> TrainState:
     Raises:
         CheckpointError: it is damaged, or of another model.
     """
-    settings = config.checkpoint
+    settings, reliability = config.checkpoint, config.reliability
+    kept_losses = reliability.spike_window_iters if reliability.spike_deviations is not None else 0
     if settings.resume:
         progress = checkpoints.resume()
         if progress is not None:
-            return TrainState.from_progress(progress)
+            return TrainState.from_progress(progress, kept_losses=kept_losses)
     else:
         with groups.together():
             if groups.where_am_i().rank == 0:
@@ -37,7 +38,7 @@ def starting_state(config: Config, checkpoints: Checkpoints) -> TrainState:
         checkpoints.load_weights(_weights(config, Path(settings.init_from)))
     elif groups.where_am_i().rank == 0:
         _LOG.info("starting from random weights (seed %d)", config.train.seed)
-    return TrainState()
+    return TrainState.from_progress(Progress(0, 0, 0), kept_losses=kept_losses)
 
 
 def _refuse_to_overwrite(checkpoints: Path) -> None:

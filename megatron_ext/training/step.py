@@ -18,12 +18,13 @@ import torch
 from megatron_ext.config.tree import Config
 from megatron_ext.data.batch import Batch
 from megatron_ext.data.loader import Loader
-from megatron_ext.errors import TrainingError
 from megatron_ext.model.gpt import Model
 from megatron_ext.optim.build import set_rates
 from megatron_ext.optim.schedule import global_batch_size_at, learning_rate
+from megatron_ext.optim.update import apply_update, ready_gradients
 from megatron_ext.parallel import device, groups
 from megatron_ext.parallel.groups import Place
+from megatron_ext.training.bad_iterations import find_fault
 from megatron_ext.training.state import StepResult, TrainState
 
 
@@ -54,9 +55,8 @@ def connect(config: Config, model: Model, optimizer: Any) -> None:
 def train_step(machine: Machine, state: TrainState) -> StepResult:
     """Run one iteration. Every rank calls it.
 
-    Raises:
-        TrainingError: the loss or the gradient norm is not finite; on every rank alike. The update was made with it, so
-            the state must not be saved.
+    Where its loss or gradient is bad (`find_fault`), no update is made: parameters and optimizer stay bit for bit as
+    they were, and the result says why; on every rank alike.
     """
     config = machine.config
     samples = global_batch_size_at(config.train, state.consumed_samples)
@@ -67,15 +67,17 @@ def train_step(machine: Machine, state: TrainState) -> StepResult:
     machine.optimizer.zero_grad()
     batches = machine.loader.iteration(state.consumed_samples, global_batch_size=samples)
     totals = run_micro_batches(machine, batches, samples=samples, forward_only=False)
-    _, grad_norm, _ = machine.optimizer.step()
-    # Read only now, so that the device does not wait between backward pass and update. Both are global sums, the same
-    # on every rank, so every rank raises or none does.
+    norm = ready_gradients(machine.optimizer)
+    # The one moment of an iteration at which the host waits for the device: for the norm, which comes after the loss,
+    # and before the update, which the device then makes while the host prepares the next iteration.
+    grad_norm = float(norm)
     loss_sum, num_tokens = totals.tolist()
-    loss, grad_norm = loss_sum / num_tokens if num_tokens else math.nan, float(grad_norm)
-    for what, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            raise TrainingError(_not_finite(what, value, machine, state, samples))
-    return StepResult(loss, grad_norm, lr, samples, samples * config.train.seq_length)
+    loss = loss_sum / num_tokens if num_tokens else math.nan
+    fault = find_fault(loss, grad_norm, state.recent_losses, config.reliability)
+    if fault is None:
+        apply_update(machine.optimizer, norm)
+    tokens = samples * config.train.seq_length
+    return StepResult(loss, grad_norm, lr, samples, tokens, updated=fault is None, fault=fault)
 
 
 def run_micro_batches(machine: Machine, batches: Iterator[Batch], *, samples: int, forward_only: bool) -> torch.Tensor:
@@ -105,7 +107,12 @@ def run_micro_batches(machine: Machine, batches: Iterator[Batch], *, samples: in
         totals += store["loss"].double()
     if stores:
         groups.sum_over_data_ranks(totals)
-    return groups.broadcast_from_last_stage(totals)
+    totals = groups.broadcast_from_last_stage(totals)
+    if config.reliability.spike_deviations is not None:
+        # Tensor ranks add up over groups of their own, and may differ in the last bit where NCCL adds in another order.
+        # What is compared with a limit must not: a rank that alone sees a spike would go another way than the rest.
+        groups.broadcast_over_tensor_ranks(totals)
+    return totals
 
 
 def forward_step(
@@ -163,13 +170,3 @@ def _unwrap(chunk: Any) -> Any:
     while hasattr(chunk, "module"):
         chunk = chunk.module
     return chunk
-
-
-def _not_finite(what: str, value: float, machine: Machine, state: TrainState, samples: int) -> str:
-    first = state.consumed_samples
-    source = machine.loader.samples
-    return (
-        f"iteration {state.iteration + 1}: the {what} is {value}, on samples {first} to {first + samples - 1} "
-        f"(from {source.locate(first)} to {source.locate(first + samples - 1)}). Nothing was saved since; "
-        "look at the data there (tools/inspect_data.py), or lower optimizer.lr, and resume from the last checkpoint."
-    )

@@ -47,7 +47,7 @@ class Stop:
         left = None if job.end_time is None else job.end_time - time.time()
         self._job_end = None if left is None else begin + left
         self._lead = 0.0 if left is None else min(_LEAD_SHARE * max(left, 0.0), _LEAD_SECONDS)
-        self._slowest_round = 0.0
+        self._slowest_round = self._slowest_save = 0.0
         self._last_check: float | None = None
         self._record = job.record
         self._first: int | None = None
@@ -57,12 +57,14 @@ class Stop:
         resource_tracker.ensure_running()  # where it starts later, it leaves SIGTERM unblocked (Python 3.11, 3.12)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
-    def check(self, state: TrainState) -> str | None:
+    def check(self, state: TrainState, save_seconds: float | None = None) -> str | None:
         """Say why to stop before the next iteration, or None to go on. Every rank calls it.
 
-        The first call and the last also go into the job's record.
+        `save_seconds` is how long the last save took until it was whole, in the background or not. The first call and
+        the last also go into the job's record.
         """
         self._time_round()
+        self._slowest_save = max(self._slowest_save, save_seconds or 0.0)
         reason = self._find(state)
         if self._first is None:
             self._first = state.iteration
@@ -96,9 +98,10 @@ class Stop:
         """Seconds before the job's end at which another iteration is one too many.
 
         Twice the longest time that an iteration took, with the validation and the save that went with it: one for the
-        iteration, one for the last save.
+        iteration, one for the last save. A save in the background takes longer than it holds up the iteration, and
+        the last one begins when the one before it is whole.
         """
-        return max(self._lead, 2 * self._slowest_round)
+        return max(self._lead, 2 * self._slowest_round, self._slowest_round + 2 * self._slowest_save)
 
     def _time_round(self) -> None:
         now = time.monotonic()

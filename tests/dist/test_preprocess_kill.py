@@ -22,12 +22,13 @@ from tests.conftest import ROOT, child_environment
 from tests.unit.small_tokenizer import WORDS, build_small_tokenizer
 from tools import preprocess_data
 
-# The command, but with parts so small that a small corpus makes many.
+# The command, but with parts so small that a small corpus makes many, which are dropped as soon as they are joined.
 PROGRAM = """
 import signal, sys
 from tools import preprocess_data
-from tools.preprocessing import parts
+from tools.preprocessing import joiner, parts
 parts.PART_BYTES = 8000
+joiner.FLUSH_BYTES = 9000
 {extra}
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background

@@ -118,6 +118,16 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(saving, straight, repe
     assert not [key for key in expected if not torch.equal(expected[key], found[key])]
 
 
+@pytest.mark.parametrize("implementation", ["transformer_engine", "local"])
+def test_deterministic_run_that_is_repeated_is_bit_equal(implementation, small):
+    overrides = ("--reliability.deterministic", "true", "--model.transformer_impl", implementation)
+    names = (f"first_{implementation}", f"second_{implementation}")
+    one, other = (small.train(name, *overrides, "--train.train_iters", "20") for name in names)
+    assert [metrics(row) for row in one.rows()] == [metrics(row) for row in other.rows()]
+    first, second = (read_tensors(run.run_dir / "checkpoints" / "iter_0000020") for run in (one, other))
+    assert not [key for key in first.keys() | second.keys() if not torch.equal(first[key], second[key])]
+
+
 def metrics(row):
     return tuple(row[name] for name in ("iteration", "loss", "grad_norm", "lr", "consumed_samples"))
 

@@ -11,12 +11,14 @@ import os
 import pwd
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -34,6 +36,7 @@ GOING_ON = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
 # cred_expire: a requeued job waits until its credential has expired, two minutes by default.
 # FirstJobId: rank 0's port follows from the job's number, and two clusters may share this machine (pytest -n 2).
 # sched_interval: the scheduler looks once a minute by default, and a requeued job waits for it.
+# SlurmdTimeout: a node is given up after this many seconds without an answer, five minutes by default.
 # config_overrides: a node has the CPUs that are written here, on a machine of one core too.
 CONFIGURATION = """
 ClusterName=megapints
@@ -60,6 +63,7 @@ SchedulerParameters=sched_interval=1,bf_interval=1
 ReturnToService=2
 MpiDefault=none
 KillWait=5
+SlurmdTimeout=6
 NodeName={nodes[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=500
 NodeName={nodes[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=500
 PartitionName=debug Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE State=UP
@@ -67,6 +71,7 @@ PartitionName=debug Nodes={nodes[0]},{nodes[1]} Default=YES MaxTime=INFINITE Sta
 
 # Arguments: the nodes. Runs the daemons in the foreground until its input ends: when the fixture closes it, and also
 # when the process of the tests is dead, however it died. Jobs go first: left alone, their tasks outlive the daemons.
+# A node that it reads is one whose daemon is to be started again.
 DAEMONS = """
 exec >log/bash.out 2>&1
 munged --foreground --force --socket="$PWD/munge.socket" --key-file="$PWD/munge.key" --seed-file="$PWD/munge.seed" \
@@ -78,12 +83,12 @@ for _ in {1..100}; do
 done
 slurmctld -D >log/slurmctld.out 2>&1 &
 daemons=($!)
-for node; do
-    slurmd -D -N "$node" >"log/slurmd-$node.out" 2>&1 &
+start() { # start NODE
+    slurmd -D -N "$1" >>"log/slurmd-$1.out" 2>&1 &
     daemons+=($!)
-done
-
-read -r _
+}
+for node; do start "$node"; done
+while read -r node; do start "$node"; done
 
 for _ in {1..40}; do
     [ -n "$(squeue --noheader)" ] || break
@@ -123,6 +128,7 @@ class Slurm:
     nodes: tuple[str, str]
     environment: dict[str, str]
     """Of every command that speaks to this cluster, and so of its jobs."""
+    daemons: subprocess.Popen[bytes] | None = None
 
     def run(self, *command: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
         """Run srun, sbatch or another of Slurm's commands to its end."""
@@ -168,6 +174,29 @@ class Slurm:
                 pytest.fail(f"Slurm did not start: sinfo answers {answer}\n{self.logs()}", pytrace=False)
             time.sleep(0.2)
 
+    def kill_node(self, node: str) -> None:
+        """End a node as a power cut does: its daemon, and all that runs on it."""
+        daemon = int((self.folder / f"slurmd-{node}.pid").read_text())
+        mine = f"SLURM_CONF={self.environment['SLURM_CONF']}".encode()
+        running = list(_processes())
+        tasks = [process for process in running if {mine, f"SLURMD_NODENAME={node}".encode()} <= process.variables]
+        parents = {process.parent for process in tasks}
+        steps = [process for process in running if process.pid in parents and process.name == "slurmstepd"]
+        for pid in (daemon, *(process.pid for process in (*steps, *tasks))):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, node: str) -> None:
+        """Start the daemon of a node again."""
+        assert self.daemons is not None and self.daemons.stdin is not None
+        self.daemons.stdin.write(f"{node}\n".encode())
+        self.daemons.stdin.flush()
+
+    def state_of(self, node: str) -> str:
+        """Ask how Slurm sees a node: idle, mixed, down, …; a mark such as * is left out."""
+        shown = self.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout
+        return "".join(letter for letter in shown if letter.isalpha())
+
     def logs(self) -> str:
         """Show the end of what each daemon said."""
         texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("log/*"))}
@@ -189,7 +218,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     )  # fmt: skip
     try:
         cluster.wait_until_idle()
-        yield cluster
+        yield replace(cluster, daemons=daemons)
     finally:
         assert daemons.stdin is not None
         daemons.stdin.close()
@@ -212,6 +241,26 @@ def _configure(folder: Path) -> Slurm:
     if not _resolves(host):
         environment["MASTER_ADDR"] = "127.0.0.1"  # what slurm/README.md says for such a cluster
     return Slurm(folder, nodes, environment)
+
+
+class Process(NamedTuple):
+    """One that runs on this machine."""
+
+    name: str
+    pid: int
+    parent: int
+    variables: set[bytes]
+    """NAME=VALUE of its environment."""
+
+
+def _processes() -> Iterator[Process]:
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            status = dict(
+                line.split(":\t", 1) for line in (folder / "status").read_text().splitlines() if ":\t" in line
+            )
+            variables = set((folder / "environ").read_bytes().split(b"\0"))
+            yield Process(status["Name"], int(folder.name), int(status["PPid"]), variables)
 
 
 def _free_ports(number: int) -> list[int]:

@@ -5,25 +5,26 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+from megatron_ext.training.samples_log import Iteration, read_history
 from tests.conftest import ROOT, Trainer
 from tests.slurm.conftest import Job, Slurm
 
 pytestmark = pytest.mark.slurm
 
 SCRIPT = "slurm/pretrain.sbatch"
+SLOW_RUN = ROOT / "tests" / "slurm" / "slow_run.py"
 TP2 = ("--parallel.tensor_model_parallel_size", "2")
 DP2 = ()
 # Long enough that a run is still under way when a test ends it; saves in between, as a run has them.
 ITERS = 60
 LENGTH = (
     "--train.train_iters", str(ITERS), "--train.eval_interval", "1000",
-    "--checkpoint.save_interval", "10", "--checkpoint.keep_last", "2",
+    "--checkpoint.save_interval", "10", "--checkpoint.keep_last", "2", "--log.samples", "true",
 )  # fmt: skip
 FIGURES = ("iteration", "loss", "grad_norm", "lr", "consumed_samples", "consumed_tokens")
 
@@ -32,19 +33,26 @@ class Straight(NamedTuple):
     """A run that nothing interrupted."""
 
     metrics: list[tuple[float, ...]]
-    start_seconds: float
-    """From the job's submission to the first iteration."""
-    train_seconds: float
+    samples: list[Iteration]
 
 
 class Interrupted:
     """A training job under way."""
 
-    def __init__(self, slurm: Slurm, trainer: Trainer, name: str, layout: tuple[str, ...], **variables: str) -> None:
+    def __init__(
+        self, slurm: Slurm, trainer: Trainer, name: str, layout: tuple[str, ...], *,
+        options: tuple[str, ...] = (), slow_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
+        """Submit it with options of sbatch; its first start may take longer for each iteration after the twentieth."""
         self.slurm, self.run_dir, self.log = slurm, trainer.work / name, trainer.work / f"{name}.log"
-        variables = {"MEGAPINTS_PYTHON": sys.executable} | variables
+        variables = {"MEGAPINTS_PYTHON": sys.executable}
+        if slow_seconds:
+            python = trainer.work / f"python_of_{name}"
+            python.write_text(f'#!/bin/sh\nexec {sys.executable} {SLOW_RUN} "$@"\n')
+            python.chmod(0o755)
+            variables = {"MEGAPINTS_PYTHON": str(python), "SLOW_FROM": "20", "SLOW_SECONDS": str(slow_seconds)}
         self.number = slurm.start(
-            "--nodes=2", SCRIPT, str(trainer.config(name)), *LENGTH, *layout, log=self.log, **variables
+            "--nodes=2", *options, SCRIPT, str(trainer.config(name)), *LENGTH, *layout, log=self.log, **variables
         )
 
     def rows(self, kind: str = "train") -> list[dict[str, Any]]:
@@ -60,6 +68,10 @@ class Interrupted:
         job = self.slurm.finish(self.number, log=self.log)
         assert (job.state, job.exit_code) == ("COMPLETED", "0:0"), job.log
         return job
+
+    def samples(self) -> list[Iteration]:
+        """What each iteration that counts was trained on, by the ranks' own record."""
+        return read_history(self.run_dir)
 
     def metrics(self) -> list[tuple[float, ...]]:
         """The figures of each iteration; one that ran twice must have them twice."""
@@ -78,11 +90,10 @@ def straight_dp2(slurm, module_trainer) -> Straight:
 
 def run_straight(slurm: Slurm, trainer: Trainer, name: str, layout: tuple[str, ...]) -> Straight:
     """Run a layout without interruption."""
-    begin = time.time()
     run = Interrupted(slurm, trainer, name, layout)
     assert run.finish().restarts == 0
-    times = [row["time"] for row in run.rows()]
-    straight = Straight(run.metrics(), times[0] - begin, times[-1] - times[0])
+    straight = Straight(run.metrics(), run.samples())
+    assert [given.k for iteration in straight.samples for given in iteration.samples] == list(range(8 * ITERS))
     assert len(straight.metrics) == ITERS
     return straight
 
@@ -95,19 +106,13 @@ def test_run_requeued_by_an_administrator_ends_as_an_uninterrupted_one(slurm, mo
     assert run.finish().restarts == 1
     assert len(run.rows("start")) == 2
     assert run.metrics() == straight_tp2.metrics
+    assert run.samples() == straight_tp2.samples
 
 
 @pytest.mark.slow
-def test_run_that_comes_to_the_end_of_its_job_saves_and_is_requeued(slurm, module_trainer, straight_dp2):
-    # The first time, the job ends in the middle of the training.
-    seconds = int(straight_dp2.start_seconds + straight_dp2.train_seconds / 3)
-    python = module_trainer.work / "python_of_a_short_job"
-    python.write_text(
-        f'#!/bin/sh\n[ -n "$SLURM_RESTART_COUNT" ] || export SLURM_JOB_END_TIME=$(($(date +%s) + {seconds}))\n'
-        f'exec {sys.executable} "$@"\n'
-    )
-    python.chmod(0o755)
-    run = Interrupted(slurm, module_trainer, "short_job", DP2, MEGAPINTS_PYTHON=str(python))
+def test_run_that_comes_to_its_time_limit_saves_and_is_requeued(slurm, module_trainer, straight_dp2):
+    # One minute is the shortest that Slurm gives; in the first start, the iterations from 20 on take longer than that.
+    run = Interrupted(slurm, module_trainer, "limited", DP2, options=("--time=1",), slow_seconds=2.0)
     job = run.finish()
     assert job.restarts == 1
     first, second = run.rows("stop")
@@ -116,6 +121,54 @@ def test_run_that_comes_to_the_end_of_its_job_saves_and_is_requeued(slurm, modul
     assert f"stopped at iteration {first['iteration']}" in job.log
     assert len(run.rows()) == ITERS  # no iteration ran twice
     assert run.metrics() == straight_dp2.metrics
+    assert run.samples() == straight_dp2.samples
+
+
+def lose_a_node(slurm: Slurm, run: Interrupted, node: str, *, wait_for: str) -> None:
+    """End a node amid the run, and start its daemon again when Slurm sees the node in that state."""
+    slurm.wait_until(lambda: any(row["iteration"] > 20 for row in run.rows()), log=run.log)
+    slurm.kill_node(node)
+    slurm.wait_until(lambda: slurm.state_of(node) == wait_for, log=run.log)
+    slurm.start_node(node)
+    assert run.finish().restarts >= 1
+    begin = run.rows("start")[-1]
+    assert (begin["iteration"], begin["restart"]) == (20, 1)
+
+
+@pytest.mark.slow
+def test_run_that_loses_the_node_of_its_first_rank_is_started_again(slurm, module_trainer, straight_tp2):
+    # The batch script's node, too: nobody is left to say anything, and Slurm requeues the job.
+    run = Interrupted(slurm, module_trainer, "lost_first_node", TP2, slow_seconds=2.0)
+    lose_a_node(slurm, run, slurm.nodes[0], wait_for="down")
+    assert run.rows("start")[-1]["reason"] == "Slurm killed the job, or lost the node of the batch script"
+    assert run.metrics() == straight_tp2.metrics
+    assert run.samples() == straight_tp2.samples
+
+
+@pytest.mark.slow
+def test_run_that_loses_another_node_that_is_back_at_once_is_started_again(slurm, module_trainer, straight_dp2):
+    # Slurm never sees it down, and srun waits for its tasks for ever.
+    run = Interrupted(slurm, module_trainer, "lost_second_node", DP2, slow_seconds=2.0)
+    lose_a_node(slurm, run, slurm.nodes[1], wait_for="allocated")
+    assert run.rows("start")[-1]["reason"].startswith("failed: rank 1 ")
+    assert run.metrics() == straight_dp2.metrics
+    assert run.samples() == straight_dp2.samples
+
+
+@pytest.mark.slow
+def test_run_that_was_stopped_on_two_nodes_goes_on_on_one(slurm, module_trainer, straight_dp2):
+    run = Interrupted(slurm, module_trainer, "shrunk", DP2, slow_seconds=2.0)
+    slurm.wait_until(lambda: any(row["iteration"] > 20 for row in run.rows()), log=run.log)
+    assert slurm.run("scontrol", "update", f"JobId={run.number}", "Requeue=0").returncode == 0
+    assert slurm.run("scancel", "--signal=TERM", run.number).returncode == 0
+    job = slurm.finish(run.number, log=run.log)
+    assert (job.state, job.restarts) == ("FAILED", 0), job.log  # no job that depends on it must start
+    again = Interrupted(slurm, module_trainer, "shrunk", DP2, options=("--nodes=1",))
+    again.finish()
+    assert len(again.rows()) == ITERS  # no iteration ran twice
+    assert [row["world_size"] for row in again.rows("start")] == [2, 1]
+    assert again.samples() == straight_dp2.samples
+    assert again.metrics() == [pytest.approx(figures, rel=1e-6) for figures in straight_dp2.metrics]
 
 
 @pytest.mark.slow
@@ -129,6 +182,7 @@ def test_run_that_gets_a_signal_saves_and_is_requeued(name, slurm, module_traine
     assert run.rows("stop")[0]["reason"] == f"asked by SIG{name}"
     assert len(run.rows()) == ITERS
     assert run.metrics() == straight_dp2.metrics
+    assert run.samples() == straight_dp2.samples
 
 
 @pytest.mark.parametrize("name", ["TERM", "USR1"])

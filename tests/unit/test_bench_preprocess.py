@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,29 @@ def test_measure_counts_the_time_of_children() -> None:
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {burn!r}])"
     cost = preprocess.measure([sys.executable, "-c", parent])
     assert cost.cpu_seconds >= 0.3
+
+
+def test_measure_binds_the_command_and_its_children_to_the_cores() -> None:
+    core = min(os.sched_getaffinity(0))
+    ask = f"import os; assert os.sched_getaffinity(0) == { {core} }"
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]], check=True)"
+    preprocess.measure([sys.executable, "-c", child, ask], cores=[core])
+
+
+def test_scaling_report_gives_the_ratios_of_times_and_judges_those_by_the_clock(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One core 20 s; half a second to start and twice 9.75 s on two cores, which wait 0.75 s."""
+    turn = {
+        preprocess.BOUND: [preprocess.Cost(20.0, 20.5, 1), preprocess.Cost(20.0, 19.5, 1)],
+        preprocess.FREE: [preprocess.Cost(20.0, 18.0, 1)] * 2,
+        preprocess.TWO: [preprocess.Cost(20.0, 11.0, 1)] * 2,
+    }
+    preprocess.report_scaling([turn], size_mb=2000, start_seconds=0.5)
+    *_, bound, free, ideal = capsys.readouterr().out.splitlines()
+    assert "1 worker, 1 core, by the clock" in bound and " 1.82 (" in bound and bound.endswith("bar 1.8: reached")
+    assert "1 worker, 2 cores, by the clock" in free and " 1.64 (" in free and free.endswith("bar 1.8: MISSED")
+    assert "if nothing waited" in ideal and " 1.95 (" in ideal and "bar" not in ideal
 
 
 def test_measure_failing_command_is_an_error_with_its_words() -> None:

@@ -356,6 +356,44 @@ BAD: list[tuple[str, dict[str, Any]]] = [
         "leave it out or change that.",
         {"model__init_method": "megatron", "checkpoint__init_from": "hf/model"},
     ),
+    ("reliability.max_bad_iterations (0) must be at least 1.", {"reliability__max_bad_iterations": 0}),
+    ("reliability.rewind_skip_iters (-1) must be at least 0.", {"reliability__rewind_skip_iters": -1}),
+    ("reliability.spike_deviations (0.0) must be greater than 0.", {"reliability__spike_deviations": 0.0}),
+    ("reliability.replica_check_interval (0) must be at least 1.", {"reliability__replica_check_interval": 0}),
+    ("reliability.straggler_interval (0) must be at least 1.", {"reliability__straggler_interval": 0}),
+    (
+        "reliability.straggler_ratio (1.0) must be greater than 1, which is the median rank itself.",
+        {"reliability__straggler_ratio": 1.0},
+    ),
+    (
+        'reliability.straggler_ratio (2.0) has no effect with reliability.straggler_interval "none"; leave it out or '
+        "change that.",
+        {"reliability__straggler_ratio": 2.0, "reliability__straggler_interval": "none"},
+    ),
+    (
+        "reliability.spike_window_iters (9) must be at least 10: fewer losses say nothing of how much they vary.",
+        {"reliability__spike_deviations": 6.0, "reliability__spike_window_iters": 9},
+    ),
+    (
+        "reliability.bad_iteration_policy (rewind) goes back to the last checkpoint, and checkpoint.save_interval "
+        '("none") saves none before the run stops; give an interval, or take the policy skip.',
+        {"reliability__bad_iteration_policy": "rewind", "checkpoint__save_interval": "none"},
+    ),
+    (
+        "reliability.max_bad_iterations (5) has no effect with reliability.bad_iteration_policy stop; leave it out or "
+        "change that.",
+        {"reliability__max_bad_iterations": 5},
+    ),
+    (
+        "reliability.rewind_skip_iters (2) has no effect with reliability.bad_iteration_policy skip; leave it out or "
+        "change that.",
+        {"reliability__bad_iteration_policy": "skip", "reliability__rewind_skip_iters": 2},
+    ),
+    (
+        "reliability.spike_window_iters (50) has no effect without reliability.spike_deviations; leave it out or "
+        "change that.",
+        {"reliability__spike_window_iters": 50},
+    ),
 ]
 
 

@@ -57,3 +57,12 @@ def test_state_of_another_kind_of_device_is_left_aside():
     before = torch.get_rng_state()
     device.set_rng_state({"cuda": torch.zeros(16, dtype=torch.uint8)})
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_torch_is_told_which_algorithms_to_choose(deterministic):
+    try:
+        device.choose_algorithms(deterministic=deterministic)
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -178,6 +178,25 @@ def test_native_adversarial_texts_equal_the_library(load: Callable[[str], Tokeni
     assert first_difference(NativeEncoder(tokenizer), ReferenceEncoder(tokenizer), texts) is None
 
 
+@pytest.mark.parametrize("before", ["", "y" * 62, "y" * 63, "'" * 63], ids=["0", "62", "63", "63 quotes"])
+def test_native_words_of_ascii_pairs_around_a_block_equal_the_library(
+    load: Callable[[str], Tokenizer], tmp_path: Path, before: str
+) -> None:
+    """Every pair of bytes has a token, so that a word that starts elsewhere gets other ids."""
+    content = json.loads((load("byte_level").folder / "tokenizer.json").read_text(encoding="utf-8"))
+    # GPT-2 spells bytes that cannot be printed as characters from 256 on.
+    spelt = [chr(256 + byte) if byte < 33 else chr(289) if byte == 127 else chr(byte) for byte in range(128)]
+    pairs = [(first, second) for first in spelt for second in spelt]
+    vocab = {token: number for token, number in content["model"]["vocab"].items() if len(token) == 1}
+    content["added_tokens"] = [{"id": len(vocab), "content": "<|endoftext|>"} | ADDED]
+    vocab = {token: number for number, token in enumerate(vocab)}
+    tokens = {first + second: len(vocab) + 1 + number for number, (first, second) in enumerate(pairs)}
+    content["model"] |= {"vocab": vocab | tokens, "merges": [list(pair) for pair in pairs], "unk_token": None}
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, content, "<|endoftext|>"))
+    texts = [before + chr(a) + chr(b) + "s" for a in range(128) for b in range(128)]
+    assert first_difference(NativeEncoder(tokenizer), ReferenceEncoder(tokenizer), texts) is None
+
+
 @pytest.mark.parametrize("family", ["prepend", "codegen"])
 def test_native_standard_library_sources_equal_the_library(load: Callable[[str], Tokenizer], family: str) -> None:
     paths = sorted(Path(json.__file__).parents[1].glob("*.py"))[:60]

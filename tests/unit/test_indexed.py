@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_ext.data import indexed
-from megatron_ext.data.indexed import IndexedFile, IndexedWriter, token_dtype
+from megatron_ext.data.indexed import IndexedFile, IndexedWriter, Numbers, token_dtype
 from megatron_ext.errors import DataError
 
 DOCUMENTS = [[5, 6, 7], [], [1], [65499, 0], [], []]
@@ -24,6 +24,10 @@ def write(prefix: Path, documents: list[list[int]], vocab_size: int = 1000) -> P
             writer.add_document(document)
         writer.publish()
     return prefix
+
+
+def numbers(*values: int) -> Numbers:
+    return np.array(values, dtype=np.int32)
 
 
 def write_with_megatron(prefix: Path, documents: list[list[int]], vocab_size: int) -> None:
@@ -56,8 +60,8 @@ def test_writer_parts_equal_single_documents(tmp_path: Path) -> None:
     np.array([5, 6, 7, 1], dtype="<u2").tofile(tmp_path / "one")
     np.array([65499, 0], dtype="<u2").tofile(tmp_path / "two")
     with IndexedWriter(tmp_path / "parts", dtype=token_dtype(1000)) as writer:
-        writer.add_part(tmp_path / "one", np.array([3, 0, 1], dtype=np.int32))
-        writer.add_part(tmp_path / "two", np.array([2, 0, 0], dtype=np.int32))
+        writer.add_part(tmp_path / "one", [numbers(3, 0), numbers(1)])
+        writer.add_part(tmp_path / "two", [numbers(2, 0, 0)])
         writer.publish()
     for ending in ("bin", "idx"):
         assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"single.{ending}").read_bytes()
@@ -91,8 +95,8 @@ def test_writer_documents_of_several_sequences_equal_megatron_builders(
             )
             writer.add_part(
                 tmp_path / f"{number}",
-                np.array([len(sentence) for sentence in sentences], dtype=np.int32),
-                np.array([len(document) for document in documents], dtype=np.int32),
+                [numbers(len(sentence)) for sentence in sentences],
+                [numbers(*map(len, documents))],
             )
         totals = writer.publish()
     write_sentences_with_megatron(tmp_path / "theirs")
@@ -121,6 +125,26 @@ def test_writer_keeps_unfinished_files_in_the_folder_it_is_given(tmp_path: Path)
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize("sealed", [False, True])
+def test_writer_goes_on_with_ids_that_it_is_given(tmp_path: Path, sealed: bool) -> None:
+    write(tmp_path / "single", DOCUMENTS)
+    ids = tmp_path / "ids"
+    np.array([5, 6, 7, 1], dtype="<u2").tofile(ids)
+    np.array([65499, 0], dtype="<u2").tofile(tmp_path / "two")
+    with IndexedWriter(tmp_path / "parts", dtype=token_dtype(1000), ids=ids) as writer:
+        writer.add_lengths([numbers(3, 0), numbers(1)])
+        writer.add_part(tmp_path / "two", [numbers(2, 0, 0)])
+        writer.flush_ids()
+        if sealed:
+            writer.publish()
+    assert ids.exists() != sealed
+    if not sealed:
+        assert ids.read_bytes() == (tmp_path / "single.bin").read_bytes()
+        return
+    for ending in ("bin", "idx"):
+        assert (tmp_path / f"parts.{ending}").read_bytes() == (tmp_path / f"single.{ending}").read_bytes()
+
+
 def test_writer_sealed_keeps_the_old_pair(tmp_path: Path) -> None:
     write(tmp_path / "a", [[1, 2]])
     with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
@@ -137,7 +161,7 @@ def test_writer_copies_parts_where_the_system_cannot(tmp_path: Path, monkeypatch
     np.array([5, 6, 7], dtype="<u2").tofile(tmp_path / "part")
     with IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer:
         writer.add_document([1])
-        writer.add_part(tmp_path / "part", np.array([1, 2], dtype=np.int32))
+        writer.add_part(tmp_path / "part", [numbers(1, 2)])
         writer.add_document([9])
         writer.publish()
     assert IndexedFile.open(tmp_path / "a").tokens.tolist() == [1, 5, 6, 7, 9]
@@ -149,7 +173,7 @@ def test_writer_part_cut_short_is_refused(tmp_path: Path) -> None:
         IndexedWriter(tmp_path / "a", dtype=token_dtype(1000)) as writer,
         pytest.raises(DataError, match="holds 3 bytes, must hold 4"),
     ):
-        writer.add_part(tmp_path / "part", np.array([2], dtype=np.int32))
+        writer.add_part(tmp_path / "part", [numbers(2)])
 
 
 def test_writer_totals_count_what_was_written(tmp_path: Path) -> None:

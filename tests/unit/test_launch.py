@@ -385,6 +385,41 @@ def test_defaults_leave_what_is_set_alone():
     assert runtime_defaults(environment | OPEN_MPI, cuda=True, cores=8) == {}
 
 
+DETERMINISTIC = {
+    "NCCL_ALGO": "Ring",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+    "TORCHINDUCTOR_DETERMINISTIC": "1",
+}
+
+
+def test_deterministic_run_on_cuda_has_the_libraries_repeat_themselves():
+    plain = runtime_defaults({}, cuda=True, cores=8)
+    assert runtime_defaults({}, cuda=True, cores=8, deterministic=True) == plain | DETERMINISTIC
+
+
+def test_deterministic_run_on_the_cpu_needs_nothing_of_the_environment():
+    plain = runtime_defaults({}, cuda=False, cores=8)
+    assert runtime_defaults({}, cuda=False, cores=8, deterministic=True) == plain
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_run_refuses_a_variable_that_is_set_otherwise(name):
+    with pytest.raises(LaunchError, match=f"{name} \\(x\\) must be {DETERMINISTIC[name]}"):
+        runtime_defaults({name: "x"}, cuda=True, cores=8, deterministic=True)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_deterministic_run_accepts_a_variable_that_is_set_rightly(name):
+    set_already = {name: DETERMINISTIC[name]}
+    assert name not in runtime_defaults(set_already, cuda=True, cores=8, deterministic=True)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_variables_of_a_deterministic_run_are_recorded(name):
+    assert recorded_environment({name: "x"}) == {name: "x"}
+
+
 @pytest.mark.parametrize("cores, threads", [(8, "4"), (9, "4"), (1, "1")])
 def test_several_local_ranks_share_the_cores(cores, threads):
     assert runtime_defaults(OPEN_MPI, cuda=False, cores=cores)["OMP_NUM_THREADS"] == threads
@@ -424,13 +459,17 @@ def test_launch_module_does_not_import_torch():
 def test_job_is_found_in_what_slurm_and_its_batch_script_say(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_END_TIME", "1800000000")
     monkeypatch.setenv("MEGAPINTS_JOB_RECORD", "/runs/.job-17")
-    assert find_job() == Job(1.8e9, Path("/runs/.job-17"))
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    monkeypatch.setenv("MEGAPINTS_PREVIOUS_END", "srun ended with signal KILL")
+    assert find_job() == Job(1.8e9, Path("/runs/.job-17"), "17", 2, "srun ended with signal KILL")
 
 
 @pytest.mark.parametrize("end_time", [None, "", "Unknown", "NONE"])
 def test_job_without_an_end_has_none(end_time, monkeypatch):
-    monkeypatch.delenv("MEGAPINTS_JOB_RECORD", raising=False)
-    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    names = "MEGAPINTS_JOB_RECORD SLURM_JOB_END_TIME SLURM_JOB_ID SLURM_RESTART_COUNT MEGAPINTS_PREVIOUS_END"
+    for name in names.split():
+        monkeypatch.delenv(name, raising=False)
     if end_time is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", end_time)
     assert find_job() == Job()

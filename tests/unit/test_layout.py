@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,20 @@ def test_description_lists_every_file_with_its_size(checkpoints):
 
 def test_description_is_read_as_it_was_written(checkpoints):
     assert layout.read_description(save(checkpoints, 10)) == description(10)
+
+
+def test_recent_losses_are_read_bit_for_bit(checkpoints):
+    losses = (0.1 + 0.2, 1 / 3, 4.738043241500854)
+    path = layout.publish(write(checkpoints, 10), replace(description(), recent_losses=losses))
+    assert layout.read_description(path).recent_losses == losses
+
+
+def test_description_from_before_losses_were_kept_has_none(checkpoints):
+    path = save(checkpoints, 10) / layout.DESCRIPTION
+    body = json.loads(path.read_text())
+    older = ("format", "files", *vars(description()))  # neither digests nor losses
+    path.write_text(json.dumps({name: body[name] for name in older if name != "recent_losses"}))
+    assert layout.read_description(path.parent) == description(10)
 
 
 def test_preparing_clears_what_a_dead_run_left(checkpoints):
@@ -191,7 +206,7 @@ def test_removal_cut_off_leaves_nothing_that_looks_whole(checkpoints, monkeypatc
     with monkeypatch.context() as patched:
         cut_off(patched, shutil, "rmtree")
         with pytest.raises(Killed):
-            layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
+            layout.remove_expired(checkpoints, keep_last=1, keep_every=None)
     assert [p.name for p in checkpoints.iterdir() if layout.why_not_whole(p) is None] == ["iter_0000020"]
 
 
@@ -377,28 +392,28 @@ def test_retention_of_five_checkpoints(keep_last, keep_every, gone):
 def test_retention_removes_the_directories(checkpoints):
     for iteration in (10, 20, 30):
         save(checkpoints, iteration)
-    layout.apply_retention(checkpoints, keep_last=1, keep_every=20)
+    layout.remove_expired(checkpoints, keep_last=1, keep_every=20)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000020", "iter_0000030", "latest"]
 
 
 def test_retention_says_what_it_removed(checkpoints):
     for iteration in (10, 20):
         save(checkpoints, iteration)
-    assert layout.apply_retention(checkpoints, keep_last=1, keep_every=None) == [checkpoints / "iter_0000010"]
+    assert layout.remove_expired(checkpoints, keep_last=1, keep_every=None) == [checkpoints / "iter_0000010"]
 
 
 def test_retention_does_not_count_damaged_checkpoints(checkpoints):
     for iteration in (10, 20, 30):
         save(checkpoints, iteration)
     (checkpoints / "iter_0000030" / ".metadata").unlink()
-    layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
+    layout.remove_expired(checkpoints, keep_last=1, keep_every=None)
     assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
 
 
 def test_retention_leaves_a_save_under_way_alone(checkpoints):
     save(checkpoints, 10)
     temporary = write(checkpoints, 5)
-    layout.apply_retention(checkpoints, keep_last=1, keep_every=None)
+    layout.remove_expired(checkpoints, keep_last=1, keep_every=None)
     assert temporary.is_dir()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from megatron_ext.checkpoint.save_load import Progress, Published
 from megatron_ext.errors import ConfigError
 from megatron_ext.model.flops import flops_per_token
 from megatron_ext.parallel import device
 from megatron_ext.training import metrics as metrics_module
+from megatron_ext.training.bad_iterations import BadIteration
 from megatron_ext.training.evaluate import EvalResult
 from megatron_ext.training.metrics import Metrics
 from megatron_ext.training.state import StepResult, TrainState
@@ -49,9 +52,9 @@ class Reporter:
         self.state = TrainState()
         metrics.begin(self.state)
 
-    def iterate(self, *, loss: float = 2.0, seconds: float = 1.0) -> None:
+    def iterate(self, *, loss: float = 2.0, seconds: float = 1.0, grad_norm: float = 0.5, updated: bool = True) -> None:
         self.clock.pass_(seconds)
-        result = StepResult(loss=loss, grad_norm=0.5, lr=1e-3, samples=8, tokens=128)
+        result = StepResult(loss=loss, grad_norm=grad_norm, lr=1e-3, samples=8, tokens=128, updated=updated)
         self.state.advance(result)
         self.metrics.count(self.state, result)
         self.result = result
@@ -63,6 +66,19 @@ class Reporter:
     def rows(self, kind: str) -> list[dict[str, Any]]:
         rows = [json.loads(line) for line in (self.run_dir / "metrics.jsonl").read_text().splitlines()]
         return [row for row in rows if row["kind"] == kind]
+
+
+def bad_iteration(policy: Any) -> BadIteration:
+    return BadIteration(
+        iteration=8,
+        reason="the loss is nan",
+        policy=policy,
+        first_iteration=7,
+        last_iteration=8,
+        first_sample=48,
+        last_sample=63,
+        source="a #1 to b #2",
+    )
 
 
 @pytest.fixture
@@ -112,6 +128,46 @@ def test_training_row_has_the_mean_loss_since_the_last(start):
     assert run.log()["loss"] == pytest.approx(3.0)
 
 
+def test_training_row_leaves_out_iterations_that_made_no_update(start):
+    run = start()
+    run.iterate(loss=3.0)
+    run.iterate(loss=math.nan, updated=False)
+    run.iterate(loss=1.0)
+    row = run.log()
+    assert (row["loss"], row["grad_norm"], row["iteration"]) == (2.0, 0.5, 3)
+
+
+def test_training_row_after_an_iteration_without_an_update_has_the_norm_of_the_last_update(start):
+    run = start()
+    run.iterate(loss=3.0)
+    run.iterate(loss=math.nan, grad_norm=math.inf, updated=False)
+    assert run.log()["grad_norm"] == 0.5
+
+
+def test_iterations_that_all_made_no_update_have_no_training_row(start):
+    run = start()
+    run.iterate(loss=math.nan, updated=False)
+    run.metrics.log_train(run.state, run.result)
+    assert run.rows("train") == []
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_bad_iteration_has_a_row_with_its_samples(policy, start):
+    run = start()
+    run.metrics.log_bad_iteration(run.state, bad_iteration(policy))
+    (row,) = run.rows(policy)
+    assert (row["iterations"], row["first_sample"], row["last_sample"]) == ([7, 8], 48, 63)
+    assert (row["bad_iteration"], row["reason"], row["source"]) == (8, "the loss is nan", "a #1 to b #2")
+
+
+def test_rewind_takes_back_what_was_counted(start):
+    run = start()
+    run.iterate(loss=9.0)
+    run.metrics.log_bad_iteration(run.state, bad_iteration("rewind"))
+    run.iterate(loss=3.0)
+    assert run.log()["loss"] == 3.0
+
+
 def test_validation_row_has_its_loss_and_tokens(start):
     run = start()
     run.metrics.log_eval(run.state, EvalResult(loss=1.5, tokens=4096))
@@ -122,9 +178,16 @@ def test_validation_row_has_its_loss_and_tokens(start):
 @pytest.mark.parametrize("kind", ["start", "checkpoint", "stop"])
 def test_other_events_have_a_row_each(kind, start):
     run = start()
-    run.metrics.log_checkpoint(run.state)
+    run.metrics.log_checkpoint(run.state, Published(Progress(7, 70, 700), Path("iter_0000007"), 0.5, 2.0, 1000))
     run.metrics.log_stop(run.state, "finished")
     assert len(run.rows(kind)) == 1
+
+
+def test_checkpoint_row_says_what_was_saved_and_what_it_cost(start):
+    run = start()
+    run.metrics.log_checkpoint(run.state, Published(Progress(7, 70, 700), Path("iter_0000007"), 0.5, 2.0, 1000))
+    (row,) = run.rows("checkpoint")
+    assert (row["saved_iteration"], row["seconds"], row["bytes"]) == (7, 0.5, 1000)
 
 
 def test_row_is_on_disk_as_soon_as_it_is_logged(start):
@@ -142,6 +205,22 @@ def test_rows_of_a_resumed_run_follow_the_former_ones(start):
         run.log()
         run.metrics.close()
     assert len(run.rows("train")) == 2
+
+
+def test_start_row_of_a_first_start_says_nothing_of_restarts(start):
+    (row,) = start().rows("start")
+    assert not {"restart", "reason", "lost_seconds", "redone_iterations"} & row.keys()
+
+
+def test_start_row_of_a_restart_says_what_it_follows_and_cost(start, caplog):
+    caplog.set_level(logging.INFO)
+    first = start()
+    first.iterate()
+    first.log()
+    row = start().rows("start")[-1]  # from iteration 0 again
+    assert (row["restart"], row["redone_iterations"]) == (1, 1)
+    assert row["reason"] == "ended without a word (killed or crashed)" and row["lost_seconds"] >= 0
+    assert "restart 1 (after: ended without a word (killed or crashed); 1 iterations are trained again; " in caplog.text
 
 
 def test_row_after_a_line_cut_short_is_on_a_line_of_its_own(start, tmp_path):
@@ -218,7 +297,7 @@ def test_speed_leaves_the_time_of_a_checkpoint_out(start):
     run = start()
     run.iterate(seconds=2.0)
     run.clock.pass_(50.0)
-    run.metrics.log_checkpoint(run.state)
+    run.metrics.restart_clock()
     run.iterate(seconds=2.0)
     assert run.log()["tokens_per_second"] == pytest.approx(64)
 
@@ -230,7 +309,7 @@ def test_speed_leaves_a_validation_and_a_checkpoint_in_a_row_out(start):
     run.clock.pass_(50.0)
     run.metrics.log_eval(run.state, EvalResult(1.0, 1))
     run.clock.pass_(30.0)
-    run.metrics.log_checkpoint(run.state)
+    run.metrics.restart_clock()
     run.iterate(seconds=2.0)
     assert run.log()["tokens_per_second"] == pytest.approx(64)
 

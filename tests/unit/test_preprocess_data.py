@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import hashlib
 import io
@@ -12,6 +13,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from megatron_ext.data.indexed import IndexedFile, IndexedWriter
 from megatron_ext.data.manifest import InputRecord, read_manifest
 from tests.unit.small_tokenizer import SHARED, WORDS, build_small_tokenizer
 from tools import preprocess_data
-from tools.preprocessing import digests, parts, sentences, workers
+from tools.preprocessing import digests, joiner, parts, sentences, workers
 
 GOLDEN = SHARED / "megatron_golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="../shared/data/megatron_golden is not there")
@@ -493,30 +495,117 @@ def test_preprocess_stopped_run_continues_from_its_parts(
 @pytest.mark.usefixtures("small_parts")
 def test_preprocess_finished_parts_are_not_made_again(tokenizer: Path, corpus: Path, tmp_path: Path) -> None:
     begin(tokenizer, corpus, tmp_path / "out", 5)
-    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.bin")}
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("0*.bin")}
     begin(tokenizer, corpus, tmp_path / "out", 3)
-    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.bin")}
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("0*.bin")}
     assert (len(before), len(after)) == (5, 8)
     assert before.items() <= after.items()
 
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("ending", ["bin", "len", "part"])
-def test_preprocess_damaged_part_is_made_again(tokenizer: Path, corpus: Path, tmp_path: Path, ending: str) -> None:
+@pytest.mark.parametrize("damage", ["cut", "zeros"])
+def test_preprocess_damaged_part_is_made_again(
+    tokenizer: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str, damage: str
+) -> None:
+    """As a power cut may leave it."""
     begin(tokenizer, corpus, tmp_path / "out", 5)
     path = next((tmp_path / "out.partial").glob(f"00000003*.{ending}"))
-    path.write_bytes(path.read_bytes()[:-2])
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] if damage == "cut" else content[:-2] + bytes(2))
+    if path.read_bytes() == content:  # the last length's upper bytes
+        path.write_bytes(bytes(len(content)))
     assert run(tokenizer, tmp_path / "out", [corpus]) == 0
+    assert "continuing: 4 of " in capsys.readouterr().out
+    expected = reference_bytes(reference_ids(tokenizer, TEXTS, bos=False, eod=False))
+    assert pair_bytes(tmp_path / "out_text_document") == expected
+
+
+def begin_joined(tokenizer: Path, corpus: Path, prefix: Path, number: int, *options: str) -> Path:
+    """Run, and stop after so many parts, whose ids are then in the joined files alone; give the work folder."""
+    folder = Path(f"{prefix}.partial")
+    finish = parts.PartWriter.finish
+
+    def finish_and_wait(self: parts.PartWriter) -> parts.PartRecord:
+        record = finish(self)
+        until = time.monotonic() + 30
+        while list(folder.glob(f"{record.number:08d}.*.bin")):
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(joiner, "FLUSH_BYTES", 0)
+        patch.setattr(parts.PartWriter, "finish", finish_and_wait)
+        begin(tokenizer, corpus, prefix, number, *options)
+    assert not list(folder.glob("0*.bin"))
+    return folder
+
+
+@pytest.mark.usefixtures("small_parts", "untrained_punkt")
+@pytest.mark.parametrize(
+    "options", [[], ["--json-keys", "text", "title"], ["--split-sentences"]], ids=["plain", "two keys", "sentences"]
+)
+def test_preprocess_parts_that_are_joined_already_are_not_made_again(
+    tokenizer: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    begin_joined(tokenizer, corpus, tmp_path / "out", 30, *options)
+    assert run(tokenizer, tmp_path / "out", [corpus], "--workers", "2", *options) == 0
+    assert "continuing: 30 of " in capsys.readouterr().out
+    assert run(tokenizer, tmp_path / "whole", [corpus], *options) == 0
+    pairs = [path.name.removeprefix("whole_") for path in tmp_path.glob("whole_*.[bi]*")]
+    assert len(pairs) == (4 if "title" in options else 2)
+    for name in pairs:
+        assert (tmp_path / f"out_{name}").read_bytes() == (tmp_path / f"whole_{name}").read_bytes()
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("change", "kept"), [(7, 30), (0, 30), (-1, 29)], ids=["longer", "as it was", "shorter"])
+def test_preprocess_joined_file_counts_as_far_as_whole_parts_reach(
+    tokenizer: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: int, kept: int
+) -> None:
+    """A kill leaves the beginning of another part at its end."""
+    joined = begin_joined(tokenizer, corpus, tmp_path / "out", 30) / "joined.0.bin"
+    os.truncate(joined, joined.stat().st_size + change)
+    assert run(tokenizer, tmp_path / "out", [corpus]) == 0
+    assert f"continuing: {kept} of " in capsys.readouterr().out
     expected = reference_bytes(reference_ids(tokenizer, TEXTS, bos=False, eod=False))
     assert pair_bytes(tmp_path / "out_text_document") == expected
 
 
 @pytest.mark.usefixtures("small_parts")
+def test_preprocess_failing_flush_keeps_all_parts(
+    tokenizer: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: IndexedWriter) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(joiner, "FLUSH_BYTES", 0)
+    monkeypatch.setattr(IndexedWriter, "flush_ids", fail)
+    assert run(tokenizer, tmp_path / "out", [corpus]) == 2
+    output = capsys.readouterr()
+    assert f"{tmp_path}/out: cannot be written (Input/output error)." in output.err
+    assert len(list((tmp_path / "out.partial").glob("0*.bin"))) == 65, "ids that may not be on the disk are kept"
+    monkeypatch.undo()
+    monkeypatch.setattr(parts, "PART_BYTES", 2000)
+    assert run(tokenizer, tmp_path / "out", [corpus]) == 0
+    assert "continuing: 65 of 65 " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("moment", ["seal", "publish"])
+@pytest.mark.parametrize("flush_bytes", [1, 1 << 20])
 def test_preprocess_stopped_while_joining_is_joined_again(
-    tokenizer: Path, corpus: Path, tmp_path: Path, moment: str
+    tokenizer: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    moment: str,
+    flush_bytes: int,
 ) -> None:
     """The second of two pairs is never reached."""
+    monkeypatch.setattr(joiner, "FLUSH_BYTES", flush_bytes)
     options = ["--json-keys", "text", "title"]
     method = getattr(IndexedWriter, moment)
     calls = []
@@ -533,6 +622,7 @@ def test_preprocess_stopped_while_joining_is_joined_again(
             run(tokenizer, tmp_path / "out", [corpus], *options)
     assert not list(tmp_path.glob("*.manifest.json")) and not list(tmp_path.glob("out_title*"))
     assert run(tokenizer, tmp_path / "out", [corpus], *options) == 0
+    assert "continuing: 65 of 65 " in capsys.readouterr().out
     expected = reference_bytes(reference_ids(tokenizer, TEXTS, bos=False, eod=False))
     assert pair_bytes(tmp_path / "out_text_document") == expected
 

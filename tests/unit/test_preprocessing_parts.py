@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def test_part_that_is_finished_has_its_files_and_counts(tmp_path: Path) -> None:
     assert (record.number, record.documents, record.skipped) == (12, 3, 0)
     assert record.sizes == {"00000012.0.bin": 10, "00000012.0.len": 12, "00000012.1.bin": 4, "00000012.1.len": 12}
     assert names_in(tmp_path) == [*record.sizes, "00000012.part"]
+    assert record.checksums == {name: zlib.crc32((tmp_path / name).read_bytes()) for name in record.sizes}
     assert np.fromfile(tmp_path / "00000012.0.len", dtype="<i4").tolist() == [3, 0, 2]
     assert np.fromfile(tmp_path / "00000012.0.bin", dtype="<u2").tolist() == [0, 1, 2, 0, 1]
 
@@ -91,6 +93,10 @@ def claim(prefix: Path, *, restart: bool = False) -> Any:
     return WorkFolder(str(prefix)).claimed(restart=restart)
 
 
+def finished(folder: WorkFolder, *, clean: bool = True) -> list[int]:
+    return list(folder.finished(num_keys=1, clean=clean).records)
+
+
 def finish_part(folder: Path, number: int, *, skipped: int = 0) -> None:
     with PartWriter(folder, number, num_keys=1, sentences=False) as writer:
         writer.add([documents(3)])
@@ -110,7 +116,7 @@ def test_folder_with_a_finished_part_is_kept(tmp_path: Path) -> None:
         finish_part(folder.path, 0)
         raise ZeroDivisionError
     with claim(tmp_path / "out") as folder:
-        assert list(folder.finished(clean=True)) == [0]
+        assert finished(folder) == [0]
 
 
 def test_folder_that_is_discarded_is_removed(tmp_path: Path) -> None:
@@ -126,7 +132,7 @@ def test_folder_drops_what_a_killed_run_left_half_written(tmp_path: Path) -> Non
         (folder.path / "00000001.0.bin.partial-123").write_bytes(b"half")
     with claim(tmp_path / "out") as folder:
         assert "00000001.0.bin.partial-123" not in names_in(folder.path)
-        assert list(folder.finished(clean=True)) == [0]
+        assert finished(folder) == [0]
 
 
 def test_folder_with_restart_drops_the_parts(tmp_path: Path) -> None:
@@ -140,9 +146,9 @@ def test_folder_gives_parts_with_skips_only_where_these_are_allowed(tmp_path: Pa
     with claim(tmp_path / "out") as folder:
         finish_part(folder.path, 0)
         finish_part(folder.path, 1, skipped=2)
-        assert list(folder.finished(clean=False)) == [0, 1]
-        assert list(folder.finished(clean=True)) == [0]
-        assert list(folder.finished(clean=False)) == [0], "the part is to be made again"
+        assert finished(folder, clean=False) == [0, 1]
+        assert finished(folder) == [0]
+        assert finished(folder, clean=False) == [0], "the part is to be made again"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,94 @@ def test_folder_passes_over_a_damaged_record(tmp_path: Path, damage: str) -> Non
     with claim(tmp_path / "out") as folder:
         finish_part(folder.path, 0)
         (folder.path / "00000000.part").write_text(damage)
-        assert folder.finished(clean=True) == {}
+        assert finished(folder) == []
+
+
+@pytest.mark.parametrize("name", ["00000001.0.bin", "00000001.0.len", "00000001.skipped"])
+@pytest.mark.parametrize("damage", [b"", b"\0", b"?more"])
+def test_folder_drops_a_part_with_a_damaged_file(tmp_path: Path, name: str, damage: bytes) -> None:
+    with claim(tmp_path / "out") as folder:
+        for number in range(3):
+            finish_part(folder.path, number, skipped=1)
+        path = folder.path / name
+        content = path.read_bytes()
+        place = next(place for place, byte in enumerate(content) if byte)
+        path.write_bytes(content[:place] + damage + content[place + 1 :])
+        assert finished(folder, clean=False) == [0, 2]
+        assert finished(folder, clean=False) == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["00000001.0.len", "00000001.skipped"])
+def test_folder_drops_a_part_that_lacks_a_file(tmp_path: Path, name: str) -> None:
+    with claim(tmp_path / "out") as folder:
+        for number in range(3):
+            finish_part(folder.path, number, skipped=1)
+        (folder.path / name).unlink()
+        assert finished(folder, clean=False) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("gone", "size", "expected"),
+    [
+        ([], 0, ([0, 1, 2, 3], 0, 0)),
+        ([], 99, ([0, 1, 2, 3], 0, 0)),
+        ([0], 6, ([0, 1, 2, 3], 1, 6)),
+        ([0, 1], 12, ([0, 1, 2, 3], 2, 12)),
+        ([0, 1], 13, ([0, 1, 2, 3], 2, 12)),
+        ([0, 1], 11, ([0, 2, 3], 1, 6)),
+        ([0, 1], None, ([2, 3], 0, 0)),
+        ([1], 12, ([0, 2, 3], 0, 0)),
+        ([0, 2], 18, ([0, 1, 3], 1, 6)),
+        ([0, 1, 2, 3], 24, ([0, 1, 2, 3], 4, 24)),
+    ],
+)
+def test_folder_takes_parts_without_ids_as_far_as_the_joined_file_holds_them(
+    tmp_path: Path, gone: list[int], size: int | None, expected: tuple[list[int], int, int]
+) -> None:
+    """Each part holds six bytes of ids."""
+    with claim(tmp_path / "out") as folder:
+        for number in range(4):
+            finish_part(folder.path, number)
+        for number in gone:
+            folder.part_file(number, 0, "bin").unlink()
+        if size is not None:
+            folder.joined_file(0).write_bytes(bytes(size))
+        found = folder.finished(num_keys=1, clean=True)
+        assert (list(found.records), found.joined, *found.joined_bytes) == expected
+
+
+def test_folder_takes_joined_parts_of_two_keys_though_one_has_its_ids_still(tmp_path: Path) -> None:
+    """A kill may come between dropping the first key's and the second's."""
+    with claim(tmp_path / "out") as folder:
+        with PartWriter(folder.path, 0, num_keys=2, sentences=False) as writer:
+            writer.add([documents(3), documents(1)])
+            writer.finish()
+        folder.part_file(0, 0, "bin").unlink()
+        folder.joined_file(0).write_bytes(bytes(6))
+        assert folder.finished(num_keys=2, clean=True) == ({}, 0, (0, 0))
+        with PartWriter(folder.path, 0, num_keys=2, sentences=False) as writer:
+            writer.add([documents(3), documents(1)])
+            record = writer.finish()
+        folder.part_file(0, 0, "bin").unlink()
+        folder.joined_file(1).write_bytes(bytes(2))
+        assert folder.finished(num_keys=2, clean=True) == ({0: record}, 1, (6, 2))
+
+
+@pytest.mark.parametrize("reason", ["", "manifest", "joined file", "part"])
+def test_folder_takes_back_ids_of_a_pair_that_was_half_published_only(tmp_path: Path, reason: str) -> None:
+    with claim(tmp_path / "out") as folder:
+        finish_part(folder.path, 0)
+        published = tmp_path / "out_text_document.bin"
+        published.write_bytes(b"123456")
+        if reason != "part":
+            folder.part_file(0, 0, "bin").unlink()
+        if reason == "manifest":
+            (tmp_path / "out_text_document.manifest.json").touch()
+        if reason == "joined file":
+            folder.joined_file(0).touch()
+        folder.take_back(0, tmp_path / "out_text_document")
+        assert published.exists() == bool(reason)
+        assert (folder.joined_file(0).exists() and folder.joined_file(0).read_bytes() == b"123456") == (not reason)
 
 
 PLAN = {

@@ -30,6 +30,12 @@ def test_rows_of_a_rewind_within_a_session_win(tmp_path):
     assert [one["loss"] for one in record.train] == [5.0, 4.0]
 
 
+def test_rows_that_a_rewind_took_back_do_not_count_until_they_are_written_again(tmp_path):
+    rows = [start(0, 0), train(10, 10, 5.0), train(20, 20, 50.0), row("rewind", 10, 21), train(30, 30, 4.0)]
+    record = reading.read_run(write_run(tmp_path, rows))
+    assert [one["iteration"] for one in record.train] == [10, 30]
+
+
 def test_killed_session_costs_what_is_done_again_and_the_time_between(tmp_path):
     rows = [start(0, 0), train(10, 10), row("checkpoint", 10, 12), train(20, 22), train(25, 27), start(10, 87)]
     (restart,) = reading.read_run(write_run(tmp_path, rows)).restarts

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.checkpoint.fit import sample_changes
 from megatron_ext.checkpoint.layout import CheckpointDescription
-from megatron_ext.checkpoint.save_load import Checkpoints, Progress, sample_changes
+from megatron_ext.checkpoint.save_load import Checkpoints, Progress
 from megatron_ext.config.tree import Config
 from megatron_ext.errors import CheckpointError
 from megatron_ext.model.gpt import build_model, wrap_for_training
@@ -204,6 +205,7 @@ def test_saves_beyond_the_number_kept_remove_the_oldest(build, tmp_path):
     checkpoints = build("--checkpoint.keep_last", "2").checkpoints
     for iteration in (1, 2, 3):
         checkpoints.save(Progress(iteration, 8 * iteration, 128 * iteration))
+    checkpoints.close()
     names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("iter_*"))
     assert names == ["iter_0000002", "iter_0000003"]
 
@@ -220,6 +222,7 @@ def test_save_describes_the_model_and_the_layout(build, tiny_config, tmp_path):
         optimizer_format="dp_reshardable",
         tokenizer_sha256=SHA256,
         topology=ONE | {"transformer_engine": 0},
+        weights=found.weights,
     )
 
 

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
-SHELL_FILES = [*SCRIPTS, ROOT / "slurm" / "launch.sh"]
+SHELL_FILES = [*SCRIPTS, ROOT / "slurm" / "launch.sh", ROOT / ".ci" / "run", ROOT / ".ci" / "venv.sh"]
 PRETRAIN = "pretrain.sbatch"
 JOB = {
     "SLURM_JOB_ID": "17",
@@ -330,7 +330,7 @@ def test_run_that_fails_twice_from_the_same_iteration_is_given_up(checkout):
     submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
     done = submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
     assert (done.returncode, requeues(checkout)) == (9, 1)
-    assert "failed (srun: 9) after a start from iteration 20, for the second time; not requeued" in done.stdout
+    assert "failed (srun: exit 9) after a start from iteration 20, for the second time; not requeued" in done.stdout
 
 
 def test_run_that_fails_further_on_is_requeued(checkout):
@@ -355,7 +355,7 @@ def test_run_that_stops_twice_where_it_started_is_given_up(checkout):
 def test_run_whose_last_save_failed_counts_as_failed(checkout):
     done = submit(checkout, "a.toml", RECORD="stopped 20 30 asked by SIGTERM", SRUN_STATUS="2")
     assert requeues(checkout) == 1
-    assert "failed (srun: 2) after a start from iteration 20" in done.stdout
+    assert "failed (srun: exit 2) after a start from iteration 20" in done.stdout
 
 
 def test_run_that_never_began_is_not_requeued(checkout):
@@ -368,6 +368,82 @@ def test_record_of_an_earlier_start_is_not_taken_for_this_one(checkout):
     (checkout / "runs" / ".job-17").write_text("stopped 0 12 asked by SIGTERM\n")
     submit(checkout, "a.toml", SRUN_STATUS="2")
     assert requeues(checkout) == 0
+
+
+def test_restarted_run_that_never_began_is_requeued_once(checkout):
+    for restart in ("3", "4"):
+        done = submit(checkout, "a.toml", SRUN_STATUS="1", SLURM_RESTART_COUNT=restart)
+    assert (done.returncode, requeues(checkout)) == (1, 1)
+    assert "failed (srun: exit 1) before the first iteration, for the second time; not requeued" in done.stdout
+
+
+def test_failure_before_the_first_iteration_that_the_run_told_of_is_one_too(checkout):
+    done = submit(checkout, "a.toml", RECORD="failed - - failed: no disk", SRUN_STATUS="1")
+    assert (done.returncode, requeues(checkout)) == (1, 0)
+    assert "before the first iteration; not requeued" in done.stdout
+
+
+def test_failure_that_the_run_told_of_counts_from_where_it_started(checkout):
+    for _ in range(2):
+        done = submit(checkout, "a.toml", RECORD="failed 20 37 failed: no disk", SRUN_STATUS="2")
+    assert (done.returncode, requeues(checkout)) == (2, 1)
+    assert "after a start from iteration 20, for the second time" in done.stdout
+
+
+def test_srun_that_does_not_end_after_a_failure_is_killed(checkout):
+    # A minute and five seconds, but for a clock that runs sixty times as fast.
+    script = checkout / "slurm" / PRETRAIN
+    fast = (ROOT / "slurm" / PRETRAIN).read_text().replace("pause 5\n", "pause 0.1\n").replace("pause 60", "pause 1")
+    script.write_text(fast)
+    variables = {"RECORD": "failed 20 37 failed: no disk", "SRUN_RUNS": "read -r _ <> <(:)"}
+    done = subprocess.run(
+        ["bash", str(script), "a.toml"], env=job_environment(checkout, **variables), cwd="/",
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "srun waits for tasks that do not end; killing it" in done.stdout
+    assert "failed (srun: signal KILL) after a start from iteration 20; requeueing" in done.stdout
+    assert requeues(checkout) == 1
+
+
+def test_restarted_run_that_is_refused_is_not_requeued(checkout):
+    done = submit(checkout, "a.toml", SRUN_STATUS="2", SLURM_RESTART_COUNT="3")
+    assert (done.returncode, requeues(checkout)) == (2, 0)
+
+
+def test_run_that_cannot_leave_word_of_its_failure_is_not_requeued(checkout):
+    (checkout / "runs" / ".job-17.failed.new").mkdir(parents=True)  # as on a full disk
+    done = submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="2")
+    assert (done.returncode, requeues(checkout)) == (2, 0)
+    assert "not requeued: " in done.stdout and "cannot be written" in done.stdout
+
+
+@pytest.mark.parametrize(("status", "how"), [("137", "signal KILL"), ("9", "exit 9"), ("255", "exit 255")])
+def test_start_after_a_failure_is_told_what_it_was(status, how, checkout):
+    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS=status)
+    submit(checkout, "a.toml", RECORD="finished 20 40", SLURM_RESTART_COUNT="1")
+    assert task_environment(checkout)["MEGAPINTS_PREVIOUS_END"] == f"srun ended with {how}"
+
+
+def test_first_start_of_a_job_is_told_of_no_other(checkout):
+    submit(checkout, "a.toml")
+    assert "MEGAPINTS_PREVIOUS_END" not in task_environment(checkout)
+
+
+def test_start_after_one_whose_batch_script_was_killed_is_told_so(checkout):
+    (checkout / "runs").mkdir()
+    (checkout / "runs" / ".job-17").write_text("running 20 20\n")
+    submit(checkout, "a.toml", SLURM_RESTART_COUNT="1")
+    previous = task_environment(checkout)["MEGAPINTS_PREVIOUS_END"]
+    assert previous == "Slurm killed the job, or lost the node of the batch script"
+
+
+def test_start_after_one_that_slurm_ended_is_told_so_though_an_earlier_one_had_failed(checkout):
+    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="1")
+    submit(
+        checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="143", SLURM_RESTART_COUNT="1", JOB_STATE="COMPLETING"
+    )
+    submit(checkout, "a.toml", SLURM_RESTART_COUNT="2")
+    assert task_environment(checkout)["MEGAPINTS_PREVIOUS_END"].startswith("Slurm ended the job: ")
 
 
 def test_job_that_slurm_ended_is_left_to_slurm(checkout):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from megatron_ext.checkpoint.save_load import Progress
@@ -20,6 +22,33 @@ def test_state_of_a_checkpoint_is_the_one_that_was_saved():
     state = TrainState(iteration=10, consumed_samples=40, consumed_tokens=640)
     assert state.progress() == Progress(10, 40, 640)
     assert TrainState.from_progress(state.progress()) == state
+
+
+def test_iteration_without_an_update_counts_as_one_with():
+    state = TrainState(iteration=10, consumed_samples=40, consumed_tokens=640)
+    state.advance(replace(RESULT, updated=False))
+    assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (11, 48, 768)
+
+
+def test_state_remembers_the_newest_losses_of_updates():
+    state = TrainState.from_progress(Progress(0, 0, 0), kept_losses=3)
+    for loss in (1.0, 2.0, 3.0, 4.0):
+        state.advance(replace(RESULT, loss=loss))
+    state.advance(replace(RESULT, loss=9.0, updated=False))
+    assert state.progress().recent_losses == (2.0, 3.0, 4.0)
+
+
+def test_state_that_goes_to_a_checkpoint_is_the_one_that_was_saved():
+    state = TrainState.from_progress(Progress(10, 80, 1280, (3.0, 2.0)), kept_losses=3)
+    saved = state.progress()
+    state.advance(RESULT)
+    state.go_to(saved)
+    assert state.progress() == saved
+
+
+def test_state_of_a_checkpoint_with_more_losses_remembers_the_newest():
+    state = TrainState.from_progress(Progress(10, 80, 1280, (4.0, 3.0, 2.0)), kept_losses=2)
+    assert list(state.recent_losses) == [3.0, 2.0]
 
 
 @pytest.mark.parametrize(("iteration", "due"), [(1, False), (4, False), (5, True), (6, False), (10, True)])

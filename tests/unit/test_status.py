@@ -69,6 +69,16 @@ def test_stopped_run_says_why(tmp_path):
     assert (found.state, found.reason, found.eta_seconds) == ("stopped", "asked by SIGTERM", None)
 
 
+def test_failed_run_says_how(tmp_path):
+    found = look(write_run(tmp_path, [start(0, 0), train(10, 10), stop(10, 11, "failed: the loss is nan")]), 99999)
+    assert (found.state, found.reason) == ("failed", "the loss is nan")
+
+
+def test_start_that_failed_before_any_other_row_is_failed(tmp_path):
+    found = look(write_run(tmp_path, [stop(0, 11, "failed: node n7 has no GPU")]), 99)
+    assert (found.state, found.reason) == ("failed", "node n7 has no GPU")
+
+
 def test_finished_run_is_finished(tmp_path):
     found = look(write_run(tmp_path, [start(0, 0), train(100, 10), stop(100, 11, "finished: 100 iterations")]), 99)
     assert (found.state, found.progress, found.warnings) == ("finished", 1.0, [])
@@ -101,6 +111,12 @@ def test_restarts_are_counted_with_reason_and_lost_time(tmp_path):
     found = look(write_run(tmp_path, rows), 50)
     assert [(one.iteration, one.redone_iterations) for one in found.restarts] == [(10, 0), (10, 10)]
     assert found.lost_seconds == pytest.approx((20 - 12) + (42 - 30) + (30 - 20))
+
+
+def test_restart_shows_what_the_run_said_of_it(tmp_path):
+    said = {"restart": 1, "reason": "srun ended with signal KILL", "lost_seconds": 77.0, "redone_iterations": 5}
+    (one,) = look(write_run(tmp_path, [start(0, 0), train(15, 10), start(10, 20, **said)]), 50).restarts
+    assert (one.reason, one.lost_seconds, one.redone_iterations) == ("srun ended with signal KILL", 77.0, 5)
 
 
 def test_three_starts_at_one_iteration_are_a_warning(tmp_path):

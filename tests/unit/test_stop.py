@@ -148,6 +148,17 @@ def test_slow_save_makes_the_run_stop_twice_as_long_before_the_end(train, clock)
     assert stop.check(TrainState(iteration=4)) == "the job ends in 1950 s"
 
 
+def test_save_in_the_background_counts_twice_before_the_end(train, clock):
+    # One may be under way, and the last one comes after it.
+    stop = Stop(train(), job(10000.0))
+    clock[0] += 7900.0
+    assert stop.check(TrainState(), save_seconds=None) is None
+    clock[0] += 10.0
+    assert stop.check(TrainState(iteration=1), save_seconds=1000.0) is None  # 2090 s left, 2010 needed
+    clock[0] += 100.0
+    assert stop.check(TrainState(iteration=2), save_seconds=900.0) == "the job ends in 1990 s"
+
+
 def test_job_whose_time_is_over_stops_at_once(train):
     assert str(Stop(train(), job(-5.0)).check(TrainState())).startswith("the job ends in -5 s")
 

@@ -138,3 +138,15 @@ def test_where_transformer_engine_is_there_the_setting_decides(implementation, t
 def test_auto_in_fp32_means_the_local_modules_also_where_transformer_engine_is_there(tiny_config, monkeypatch):
     monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
     assert not uses_transformer_engine(tiny_config("--precision.dtype", "fp32"))
+
+
+@pytest.mark.parametrize("wanted", ["true", "false"])
+def test_deterministic_mode_is_handed_on(wanted, build):
+    assert build("--reliability.deterministic", wanted).deterministic_mode is (wanted == "true")
+
+
+@pytest.mark.parametrize(("wanted", "fused"), [("true", False), ("false", True)])
+def test_deterministic_run_does_without_the_fused_loss(wanted, fused, build, monkeypatch):
+    monkeypatch.setattr(device, "is_cuda", lambda: True)
+    local = ("--model.transformer_impl", "local", "--precision.dtype", "bf16")
+    assert build(*local, "--reliability.deterministic", wanted).cross_entropy_loss_fusion is fused

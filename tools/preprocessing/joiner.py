@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
-
-from megatron_ext.data.indexed import IndexedTotals, IndexedWriter, token_dtype
-from tools.preprocessing.parts import WorkFolder, writing
+from megatron_ext.data.indexed import IndexedTotals, IndexedWriter, read_numbers, token_dtype
+from tools.preprocessing.parts import Finished, WorkFolder, endings, writing
 from tools.preprocessing.plan import Planned, Request
 
-_POLL_SECONDS = 0.1
+FLUSH_BYTES = 64 << 20
+"""Ids that are flushed to the disk at once: little to wait for at the end, and few part files that lie about."""
+
+_POLL_SECONDS = 0.02
 
 
 class Joiner:
     """Joins parts in the order of the input, each as soon as it and all before it are in the work folder.
 
-    A thread of its own copies the ids, within the kernel where that can be, so that little is left to do when the last
-    part is made, by whatever process or rank. As a context manager it leaves nothing of an output not published.
+    A thread of its own copies the ids, within the kernel where that can be, flushes them, and then drops the parts'
+    own copies: so these seldom reach the disk, their memory is used again, and little is left to do when the last part
+    is made, by whatever process or rank. As a context manager it leaves of an output not published only what a
+    later run can go on with.
 
     Raises:
         DataError: the disk is full, or the folder cannot be written.
@@ -29,17 +31,23 @@ class Joiner:
 
     def __init__(self, request: Request, planned: Planned) -> None:
         self._folder: WorkFolder = planned.folder
+        self._finished: Finished = planned.finished
         self._order = [part.number for part in planned.run.parts]
-        self._sentences = request.settings.split_sentences
+        self._endings = endings(sentences=request.settings.split_sentences)
         self._output = request.output_prefix
         self._stop = threading.Event()
         self._error: Exception | None = None
+        self._unflushed: list[int] = []
+        self._unflushed_bytes = 0
         dtype = token_dtype(planned.loaded.tokenizer.vocab_size)
         with writing(self._output), ExitStack() as stack:
-            self.writers = [
-                stack.enter_context(IndexedWriter(request.prefix(key), dtype=dtype, aside=self._folder.path))
-                for key in request.settings.keys
-            ]
+            self.writers = []
+            for key, name in enumerate(request.settings.keys):
+                ids = self._folder.joined_file(key)
+                with ids.open("ab") as file:  # a kill may have left a part of a part at its end
+                    file.truncate(self._finished.joined_bytes[key])
+                writer = IndexedWriter(request.prefix(name), dtype=dtype, aside=self._folder.path, ids=ids)
+                self.writers.append(stack.enter_context(writer))
             self._unfinished = stack.pop_all()
         self._thread = threading.Thread(target=self._run, name="join", daemon=True)
         self._thread.start()
@@ -76,18 +84,29 @@ class Joiner:
                             return
                     if self._stop.is_set():
                         return
-                    for key, writer in enumerate(self.writers):
-                        self._append(writer, number, key)
+                    self._append(number)
+                    if self._unflushed_bytes >= FLUSH_BYTES:
+                        self._flush()
         except Exception as error:  # raised by `seal`, in the thread that waits
             self._error = error
 
-    def _append(self, writer: IndexedWriter, number: int, key: int) -> None:
-        """Append one part's files of one key."""
-        lengths = _map_numbers(self._folder.part_file(number, key, "len"))
-        counts = _map_numbers(self._folder.part_file(number, key, "doc")) if self._sentences else None
-        writer.add_part(self._folder.part_file(number, key, "bin"), lengths, counts)
+    def _append(self, number: int) -> None:
+        """Append one part."""
+        for key, writer in enumerate(self.writers):
+            ids, *counts = (self._folder.part_file(number, key, ending) for ending in self._endings)
+            numbers = [read_numbers(path) for path in counts]
+            if number < self._finished.joined:
+                writer.add_lengths(*numbers)
+            else:
+                self._unflushed_bytes += os.stat(ids).st_size
+                writer.add_part(ids, *numbers)
+        self._unflushed.append(number)
 
-
-def _map_numbers(path: Path) -> npt.NDArray[np.int32]:
-    """Map a file of int32, perhaps an empty one, which the system does not map."""
-    return np.memmap(path, mode="r", dtype="<i4") if path.stat().st_size else np.zeros(0, dtype="<i4")
+    def _flush(self) -> None:
+        """Flush the joined ids, after which the parts' own are needed no more."""
+        for writer in self.writers:
+            writer.flush_ids()
+        for number in self._unflushed:
+            for key in range(len(self.writers)):
+                self._folder.part_file(number, key, "bin").unlink(missing_ok=True)
+        self._unflushed, self._unflushed_bytes = [], 0

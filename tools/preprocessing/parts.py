@@ -3,12 +3,16 @@
 A run's input is cut into parts, the same whoever works on them. PREFIX.partial holds, until the output is whole:
 
     plan                what the parts are made of; a run with another plan may not use them
-    00000012.part       JSON, written last: the part's files, with their sizes, and its counts
+    00000012.part       JSON, written last: the part's files, with sizes and checksums, and its counts
     00000012.0.bin      raw ids of the first key      (.1. of the second, and so on)
     00000012.0.len      int32 tokens of each document, or of each sentence
     00000012.0.doc      int32 sentences of each document, where documents are split
     00000012.skipped    bad records that were left out, as JSON Lines
+    joined.0.bin        ids of the first key of all parts up to one, which lose their own once these are on the disk
     digests-0           SHA-256 of input files        (by the rank that read them)
+
+No worker waits for the disk. What a kill leaves is in the system's memory and whole; what a power cut leaves of a part
+that was not on the disk yet is found out by its checksums, and the part is made again.
 
 No name ends like an input's, so that a folder that is both input and output does not feed on itself.
 """
@@ -19,13 +23,16 @@ import errno
 import fcntl
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from megatron_ext.durable import aside_path, flush, write_whole
+from megatron_ext.data.indexed import bin_path
+from megatron_ext.data.manifest import manifest_path
+from megatron_ext.durable import aside_path, write_whole
 from megatron_ext.errors import DataError
 
 if TYPE_CHECKING:
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 PART_BYTES = 32 << 20
 """Most input per part: about half a second of work, which is what a kill loses."""
 
+_READ_BYTES = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -79,6 +87,24 @@ class PartRecord:
     skipped: int
     sizes: dict[str, int]
     """Bytes of each file, by name."""
+    checksums: dict[str, int]
+    """CRC-32 of each file as it was written."""
+
+
+class Finished(NamedTuple):
+    """What earlier runs have left."""
+
+    records: dict[int, PartRecord]
+    """By number of the part."""
+    joined: int
+    """Parts, from the first on, whose ids are in the joined files."""
+    joined_bytes: tuple[int, ...]
+    """`[keys]` what these hold of them; whatever follows is of no use."""
+
+
+def endings(*, sentences: bool) -> tuple[str, ...]:
+    """Name the files of a part, for each key."""
+    return ("bin", "len", "doc") if sentences else ("bin", "len")
 
 
 @contextmanager
@@ -107,8 +133,8 @@ class PartWriter:
         self._number = number
         self._documents = self._skipped = 0
         self._open: dict[str, IO[bytes]] = {}
-        endings = ("bin", "len", "doc") if sentences else ("bin", "len")
-        self._keys = [[f"{key}.{ending}" for ending in endings] for key in range(num_keys)]
+        self._checksums: dict[str, int] = {}
+        self._keys = [[f"{key}.{ending}" for ending in endings(sentences=sentences)] for key in range(num_keys)]
         self._stack = ExitStack()
 
     def __enter__(self) -> PartWriter:
@@ -137,7 +163,7 @@ class PartWriter:
                 arrays = (documents.ids, documents.lengths, documents.sequences)
                 for name, array in zip(names, arrays, strict=False):
                     assert array is not None, name
-                    self._open[name].write(array.data)
+                    self._write(name, array.data)
         counted = columns[0].lengths if columns[0].sequences is None else columns[0].sequences
         self._documents += counted.size
 
@@ -147,20 +173,32 @@ class PartWriter:
             if "skipped" not in self._open:
                 self._open["skipped"] = self._stack.enter_context(self._aside("skipped").open("wb"))
             for record in records:
-                self._open["skipped"].write((json.dumps(record._asdict(), ensure_ascii=False) + "\n").encode())
+                self._write("skipped", (json.dumps(record._asdict(), ensure_ascii=False) + "\n").encode())
         self._skipped += len(records)
 
+    def _write(self, name: str, data: bytes | memoryview) -> None:
+        self._open[name].write(data)
+        self._checksums[name] = zlib.crc32(data, self._checksums.get(name, 0))
+
     def finish(self) -> PartRecord:
-        """Flush all files to the disk, name them, and write the record that makes them a part."""
-        sizes = {}
+        """Name all files, and write the record that makes them a part."""
         with writing(self._path("part")):
             self._stack.close()
+            sizes, checksums = {}, {}
             for name in self._open:
-                flush(self._aside(name))
-                sizes[self._path(name).name] = self._aside(name).stat().st_size
-                self._aside(name).replace(self._path(name))
-            record = PartRecord(number=self._number, documents=self._documents, skipped=self._skipped, sizes=sizes)
-            write_whole(self._path("part"), json.dumps(asdict(record)))
+                path = self._path(name)
+                sizes[path.name] = self._aside(name).stat().st_size
+                checksums[path.name] = self._checksums.get(name, 0)
+                self._aside(name).replace(path)
+            record = PartRecord(
+                number=self._number,
+                documents=self._documents,
+                skipped=self._skipped,
+                sizes=sizes,
+                checksums=checksums,
+            )
+            self._aside("part").write_text(json.dumps(asdict(record)), encoding="utf-8")
+            self._aside("part").replace(self._path("part"))
         return record
 
 
@@ -220,20 +258,57 @@ class WorkFolder:
         with writing(path):
             write_whole(path, json.dumps(plan, ensure_ascii=False))
 
-    def finished(self, *, clean: bool) -> dict[int, PartRecord]:
-        """Read the records of the parts whose files are all there, in their sizes.
+    def finished(self, *, num_keys: int, clean: bool) -> Finished:
+        """Read the records of the parts whose files are all there, unharmed; drop the others.
 
         Args:
-            clean: leave out parts with skipped records, which are to be met again.
+            clean: drop parts with skipped records, which are to be met again.
         """
-        records = {}
+        records: dict[int, PartRecord] = {}
+        joined, ends = 0, (0,) * num_keys
         for path in sorted(self.path.glob("*.part")):
             record = _read_record(path)
-            if record is not None and not (clean and record.skipped):
-                records[record.number] = record
-            else:
+            if record is None or (clean and record.skipped) or not self._is_unharmed(record):
                 path.unlink()
-        return records
+                continue
+            ids = [self.part_file(record.number, key, "bin") for key in range(num_keys)]
+            if not all(file.exists() for file in ids):
+                # Ids are appended to all joined files, in the order of parts, before the first of them is dropped.
+                after = tuple(end + record.sizes.get(file.name, 0) for end, file in zip(ends, ids, strict=True))
+                if record.number != joined or not self._hold(after):
+                    path.unlink()
+                    continue
+                joined, ends = joined + 1, after
+            records[record.number] = record
+        return Finished(records, joined, ends)
+
+    def _is_unharmed(self, record: PartRecord) -> bool:
+        """Compare a part's files with its record; those of ids may be gone."""
+        for name, size in record.sizes.items():
+            path = self.path / name
+            if path.exists():
+                if path.stat().st_size != size or _checksum(path) != record.checksums[name]:
+                    return False
+            elif path.suffix != ".bin":
+                return False
+        return True
+
+    def _hold(self, sizes: Sequence[int]) -> bool:
+        """Say whether the joined files have at least these sizes."""
+        files = [self.joined_file(key) for key in range(len(sizes))]
+        return all(file.exists() and file.stat().st_size >= size for file, size in zip(files, sizes, strict=True))
+
+    def take_back(self, key: int, pair: Path) -> None:
+        """Take back the joined ids of a pair that was half published when the run was ended.
+
+        Args:
+            pair: path of the pair without .bin and .idx.
+        """
+        joined, published = self.joined_file(key), bin_path(pair)
+        begun = self.is_finished(0) and not self.part_file(0, key, "bin").exists()
+        if begun and not joined.exists() and not manifest_path(pair).exists() and published.exists():
+            with writing(published):
+                published.replace(joined)
 
     def is_finished(self, number: int) -> bool:
         """Say whether a part is there, with all its files."""
@@ -242,6 +317,10 @@ class WorkFolder:
     def part_file(self, number: int, key: int, ending: str) -> Path:
         """Name a file of a part."""
         return self.path / f"{number:08d}.{key}.{ending}"
+
+    def joined_file(self, key: int) -> Path:
+        """Name the file that the ids of parts are joined in."""
+        return self.path / f"joined.{key}.bin"
 
     def skipped_file(self, number: int) -> Path:
         """Name the file of a part's skipped records."""
@@ -262,13 +341,21 @@ def _own(lock: IO[str], folder: Path) -> None:
 
 
 def _read_record(path: Path) -> PartRecord | None:
-    """Read a part's record; None unless it is whole and its files have the sizes that it promises."""
+    """Read a part's record; None unless it is whole."""
     try:
         record = PartRecord(**json.loads(path.read_text(encoding="utf-8")))
-        whole = all((path.parent / name).stat().st_size == size for name, size in record.sizes.items())
+        return record if record.sizes.keys() == record.checksums.keys() else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return record if whole else None
+
+
+def _checksum(path: Path) -> int:
+    """Find the CRC-32 of a file."""
+    checksum = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(_READ_BYTES):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
 
 
 def difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:

@@ -14,14 +14,14 @@ from megatron_ext.errors import DataError
 from tools.preprocessing.digests import sha256
 from tools.preprocessing.encode import Settings, choose
 from tools.preprocessing.inputs import InputFile, cut_into_units, find_inputs
-from tools.preprocessing.parts import Part, PartRecord, WorkFolder, choose_part_bytes, group_units, writing
+from tools.preprocessing.parts import Finished, Part, PartRecord, WorkFolder, choose_part_bytes, group_units, writing
 from tools.preprocessing.readers import first_texts
 from tools.preprocessing.workers import PUNKT_FILE, Job, Loaded, read_batches
 
 if TYPE_CHECKING:
     from megatron_ext.data.tokenizer import Tokenizer
 
-PLAN_FORMAT = 1
+PLAN_FORMAT = 2
 """Of the work folder; another one is never continued from."""
 
 SAMPLE_BYTES = 512 << 10
@@ -75,6 +75,7 @@ class Planned(NamedTuple):
 
     run: Run
     folder: WorkFolder
+    finished: Finished
     loaded: Loaded
 
 
@@ -114,10 +115,13 @@ def make_plan(request: Request, folder: WorkFolder) -> Planned:
         _prepare_sentences(settings, folder, sample)
     parts = group_units(units, part_bytes)
     folder.check_plan(describe_plan(settings, tokenizer, files, folder))
-    finished = folder.finished(clean=not request.skip_errors)
-    if finished:
-        print(f"continuing: {len(finished):,} of {len(parts):,} parts are done", flush=True)
-    return Planned(Run(job, tuple(files), tuple(parts), finished), folder, Loaded(tokenizer, encoder))
+    for key, name in enumerate(settings.keys):
+        folder.take_back(key, request.prefix(name))
+    finished = folder.finished(num_keys=len(settings.keys), clean=not request.skip_errors)
+    if finished.records:
+        print(f"continuing: {len(finished.records):,} of {len(parts):,} parts are done", flush=True)
+    run = Run(job, tuple(files), tuple(parts), finished.records)
+    return Planned(run, folder, finished, Loaded(tokenizer, encoder))
 
 
 def _prepare_sentences(settings: Settings, folder: WorkFolder, sample: Callable[[int], list[str]]) -> None:

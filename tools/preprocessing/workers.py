@@ -32,6 +32,9 @@ BATCH_BYTES = 512 << 10
 PUNKT_FILE = "punkt"
 """The sentence model, in the work folder."""
 
+_REPORT_BYTES = 8 << 20
+"""Progress that a worker tells at once: the parent is not to wake up, and take a core, for every batch."""
+
 _POLL_SECONDS = 0.5
 
 Report = Callable[[int, int], None]
@@ -295,6 +298,26 @@ def _death(process: BaseProcess) -> MegapintsError:
     return MegapintsError(f"a worker process {how}; run again, with fewer --workers if memory was short.")
 
 
+class _ProgressPipe:
+    """Adds up a worker's progress, and tells the parent of it now and then."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._size = self._documents = 0
+
+    def report(self, size: int, documents: int) -> None:
+        """Be a `Report`."""
+        self._size += size
+        self._documents += documents
+        if self._size >= _REPORT_BYTES:
+            self.send()
+
+    def send(self) -> None:
+        """Tell what has not been told."""
+        self._pipe.send((self._size, self._documents))
+        self._size = self._documents = 0
+
+
 def _work(pipe: Connection) -> None:
     """Be a worker: take the job, and make parts until the parent closes the pipe, or is gone."""
     signals = {signal.SIGINT, signal.SIGTERM}
@@ -308,9 +331,12 @@ def _work(pipe: Connection) -> None:
         job: Job = pipe.recv()
         while True:
             part: Part = pipe.recv()
+            progress = _ProgressPipe(pipe)
             try:
                 encoder = encoder or PartEncoder(job)
-                pipe.send(encoder.encode(part, lambda size, documents: pipe.send((size, documents))))
+                record = encoder.encode(part, progress.report)
+                progress.send()
+                pipe.send(record)
             except (MegapintsError, OSError) as error:
                 pipe.send(Failure(part.number, error))
             except Exception:  # a fault of ours: the parent shows where

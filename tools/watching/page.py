@@ -138,7 +138,7 @@ def _tiles(run: Reported) -> str:
     last = "" if status.last_iteration is None else f" of {status.last_iteration:,}"
     best = status.best_valid_loss
     tiles = [
-        ("State", status.state, status.reason if status.state == "stopped" else ""),
+        ("State", status.state, status.reason if status.state in ("stopped", "failed") else ""),
         ("Iteration", "" if status.iteration is None else f"{status.iteration:,}", last),
         ("Tokens", _or(status.consumed_tokens, format_tokens), ""),
         ("Training loss", _or(_final_loss(run.record), "{:.4f}".format), "average of the last rows"),

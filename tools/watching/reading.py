@@ -229,21 +229,21 @@ def make_record(metrics: MetricsFile) -> RunRecord:
 
 
 def current_rows(rows: Sequence[Row], path: Path) -> list[Row]:
-    """Keep the train and valid rows of the run as it went on after its last resume.
+    """Keep the train and valid rows of the run as it went on after its last resume or rewind.
 
     A run that stopped after iteration 20 and resumed from its checkpoint of iteration 10 writes 11 to 20
-    again; until it has, its start row tells that the former ones no longer count. The row of a validation
-    comes after the training row of the same iteration.
+    again; until it has, its start row tells that the former ones no longer count. Of iterations that a rewind passes
+    over there will be none. The row of a validation comes after the training row of the same iteration.
     """
     kept: list[Row] = []
     for index, row in enumerate(rows, start=1):
-        if row["kind"] not in ("train", "valid", "start"):
+        if row["kind"] not in ("train", "valid", "start", "rewind"):
             continue
         if not isinstance(row.get("iteration"), int):
-            if row["kind"] == "start":
+            if row["kind"] in ("start", "rewind"):
                 continue
             raise DataError(f"{path}: row {index} has no iteration; was it written by pretrain_pints.py?")
-        if row["kind"] == "start":
+        if row["kind"] in ("start", "rewind"):
             while kept and kept[-1]["iteration"] > row["iteration"]:
                 kept.pop()
             continue

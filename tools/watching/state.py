@@ -66,9 +66,9 @@ class Status:
     run: str
     name: str
     state: str = "not started"
-    """not started, starting, running, stalled, stopped or finished."""
+    """not started, starting, running, stalled, stopped, failed or finished."""
     reason: str = ""
-    """Why it stopped, as it said itself."""
+    """Why it stopped or failed, as it said itself."""
     since: float | None = None
     """When that state began; for a running one, its newest start."""
     iteration: int | None = None
@@ -170,7 +170,8 @@ def _place(status: Status, record: RunRecord, log: Sequence[LogLine], now: float
         return
     if rows[-1]["kind"] == "stop":
         status.reason = str(rows[-1].get("reason", ""))
-        status.state = "finished" if status.reason.startswith("finished") else "stopped"
+        status.state = next((end for end in ("finished", "failed") if status.reason.startswith(end)), "stopped")
+        status.reason = status.reason.removeprefix("failed: ")
         status.since = newest
     elif now - newest > _patience(rows):
         status.state, status.since = "stalled", newest
