@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", type=Path, required=True)
     parser.add_argument("--save", type=Path, required=True)
     parser.add_argument("--optimizer-format", required=True)  # convert_checkpoint.py has checked it
-    for name in ("--rank", "--world-size", "--port"):
+    for name in ("--rank", "--world-size", "--port", "--building"):
         parser.add_argument(name, type=int, required=True)
     arguments = parser.parse_args(argv)
     warnings.simplefilter("ignore")  # megatron-core announces each optional package that it does without
@@ -43,7 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         launcher="bare",
     )
     try:
-        reshard(arguments.load, arguments.save, optimizer_format=arguments.optimizer_format, launch=launch)
+        reshard(
+            arguments.load,
+            arguments.save,
+            optimizer_format=arguments.optimizer_format,
+            launch=launch,
+            on_built=lambda: os.close(arguments.building),
+        )
     except MegapintsError as error:
         if arguments.rank == 0:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)

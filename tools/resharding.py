@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import shutil
 import subprocess
 import sys
@@ -18,8 +20,8 @@ from tools.new_folder import aside, progress, refuse_existing
 from tools.saved_checkpoint import find_checkpoint
 
 _POLL_SECONDS = 0.2
-_PASSES = 4
-"""Times that the checkpoint's bytes go through: verified, loaded, written, and read again."""
+_PASSES = 5
+"""Times that the checkpoint's bytes go through: verified, loaded, written; and the new one verified and loaded."""
 
 _RESHARD = """\
 A checkpoint whose optimizer's state is dp_reshardable, the default, resumes with any number of data-parallel
@@ -113,18 +115,22 @@ def _run_ranks(
         str(Path(__file__).with_name("reshard_rank.py").resolve()),
     ]
     command += ["--load", str(checkpoint), "--save", str(checkpoints), "--optimizer-format", optimizer_format]
-    ranks = [
-        subprocess.Popen([*command, "--rank", str(rank), "--world-size", str(num_ranks), "--port", str(port)])
-        for rank in range(num_ranks)
-    ]
+    built, building = os.pipe()  # its other end is closed by rank 0 once the model is built; before, imports are read
+    command += ["--building", str(building), "--world-size", str(num_ranks), "--port", str(port)]
+    ranks = [subprocess.Popen([*command, "--rank", str(rank)], pass_fds=[building]) for rank in range(num_ranks)]
+    os.close(building)
+    done: int | None = None
     try:
-        done = base = _bytes_moved(ranks)
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+        while all(rank.poll() in (None, 0) for rank in ranks) and any(rank.poll() is None for rank in ranks):
             time.sleep(_POLL_SECONDS)
-            now = _bytes_moved(ranks)
-            on_bytes(max(0, now - done))
-            done = max(done, now, base)
+            if done is not None:
+                now = max(done, _bytes_moved(ranks))
+                on_bytes(now - done)
+                done = now
+            elif select.select([built], [], [], 0)[0]:
+                done = _bytes_moved(ranks)
     finally:
+        os.close(built)
         for rank in ranks:
             if rank.poll() is None and any(other.poll() for other in ranks):
                 _let_end(rank)

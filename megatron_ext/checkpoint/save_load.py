@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.checkpoint import fit, layout, sharded, verify
+from megatron_ext.checkpoint.buckets import bucket_padding_kept
 from megatron_ext.checkpoint.layout import CheckpointDescription
 from megatron_ext.checkpoint.sharded import Planned, WeightSum
 from megatron_ext.checkpoint.writer import Staging, Writing, Written
@@ -182,10 +183,10 @@ class Checkpoints:
         with groups.together():
             try:
                 return self._staging.copy(files)
-            except OSError as error:
+            except (OSError, RuntimeError) as error:
                 raise CheckpointError(
                     f"checkpoint.async_save: rank {self._place.rank} cannot have the memory for a copy of its state "
-                    f"({error.strerror}); use checkpoint.async_save false, or a node with more."
+                    f"({str(error).splitlines()[0]}); use checkpoint.async_save false, or a node with more."
                 ) from None
 
     def _proceed(self, save: _UnderWay) -> None:
@@ -389,7 +390,8 @@ class Checkpoints:
     ) -> dict[str, Any]:
         state: dict[str, Any] = {name: self._chunk_state(chunk, metadata) for name, chunk in self._named_chunks()}
         if not weights_only:
-            state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+            with bucket_padding_kept(self._optimizer):
+                state["optimizer"] = self._optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
             if rng:
                 state["rng"] = sharded.sharded_rng_states(self._place)
         return state

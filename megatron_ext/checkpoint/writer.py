@@ -77,37 +77,32 @@ class Staging:
     """Host memory that a background save is copied into; allocated at the first, kept for the next."""
 
     def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
+        self._memory: torch.Tensor | None = None
 
     def copy(self, files: dict[str, list[Entry]]) -> dict[str, list[Entry]]:
         """Copy all tensors, from whatever device, into this memory; training may change them afterwards.
 
         Raises:
             OSError: there is not as much memory.
+            RuntimeError: likewise, of page-locked memory.
         """
         tensors = [entry.data for entries in files.values() for entry in entries if _is_tensor(entry)]
         needed = sum(_aligned(tensor.nbytes) for tensor in tensors)
-        if self._memory is None or len(self._memory) < needed:
-            self._memory = _allocate(max(needed, 1))
+        if self._memory is None or self._memory.nbytes < needed:
+            self._memory = None  # before there is more of it
+            self._memory = device.page_locked(needed) if device.is_cuda() else _allocate(max(needed, 1))
         offset = 0
         copies: dict[str, list[Entry]] = {}
         for name, entries in files.items():
             copies[name] = []
             for entry in entries:
                 if _is_tensor(entry):
-                    copies[name].append(Entry(entry.item, self._take(entry.data, offset)))
+                    copies[name].append(Entry(entry.item, _copy(entry.data, self._memory[offset:])))
                     offset += _aligned(entry.data.nbytes)
                 else:
                     copies[name].append(entry)
         device.synchronize()
         return copies
-
-    def _take(self, tensor: torch.Tensor, offset: int) -> torch.Tensor:
-        if tensor.numel() == 0:
-            return tensor.detach().cpu().clone()
-        # A storage of its own for each: torch.save writes the whole storage that a tensor lies in.
-        place = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset)
-        return place.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
 
 
 class Writing:
@@ -232,9 +227,17 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
-def _allocate(size: int) -> mmap.mmap:
+def _copy(tensor: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to the beginning of memory, which may not be done before the device has been waited for."""
+    if tensor.numel() == 0:
+        return tensor.detach().cpu().clone()
+    # A storage of its own: torch.save writes the whole storage that a tensor lies in.
+    place = torch.frombuffer(memory[: tensor.nbytes].numpy(), dtype=tensor.dtype)
+    return place.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+
+
+def _allocate(size: int) -> torch.Tensor:
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)  # 512 times fewer page faults in the first copy
-    device.page_lock(torch.frombuffer(memory, dtype=torch.uint8))
-    return memory
+    return torch.frombuffer(memory, dtype=torch.uint8)

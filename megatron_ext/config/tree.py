@@ -195,7 +195,7 @@ class CheckpointConfig:
     save_interval: int | None = 1000
     """Iterations between checkpoints; none: only when the run stops."""
     async_save: bool = False
-    """Write checkpoints in the background."""
+    """Write checkpoints in the background, from a copy of the state that stays in host memory."""
     optimizer_format: Literal["dp_reshardable", "fully_reshardable"] = "dp_reshardable"
     """dp_reshardable: light, resumes with another number of data-parallel ranks. fully_reshardable: any layout."""
     keep_last: int | None = None

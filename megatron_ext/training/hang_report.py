@@ -60,9 +60,7 @@ def diagnose(reports: Sequence[RankReport]) -> HangReport:
         if len(culprits) > 4:
             verdict += f"; and {len(culprits) - 4} more ranks"
     else:
-        verdict = (
-            "every rank waits, and none is behind: they call collectives in another order, or a link has failed"
-        )
+        verdict = "every rank waits, and none is behind: they call collectives in another order, or a link has failed"
     if waiting:
         verdict += f"; {_waiting(waiting)}"
     return HangReport(

@@ -42,7 +42,7 @@ def train(run: Run, state: TrainState) -> str:
     """Train until there is a reason to stop, save, and say the reason. Every rank calls it.
 
     Raises:
-        TrainingError: an iteration was bad, and the run is to stop at it. Nothing is saved since.
+        TrainingError: an iteration was bad, and the run is to stop at it, or replicas differ. Nothing is saved since.
     """
     settings = run.config.train
     if settings.manual_gc_interval is not None:

@@ -6,7 +6,7 @@ as many ranks; one data-parallel rank is enough. They need no GPU, and no data.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -68,8 +68,17 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def reshard(checkpoint: Path, checkpoints: Path, *, optimizer_format: Format, launch: Launch) -> None:
+def reshard(
+    checkpoint: Path, checkpoints: Path, *, optimizer_format: Format, launch: Launch, on_built: Callable[[], None]
+) -> None:
     """Load a checkpoint, save it in the other format, and compare what the new one gives. Every rank calls it.
+
+    Args:
+        checkpoint: the directory to load.
+        checkpoints: folder to save the new one into.
+        optimizer_format: of the new one.
+        launch: this process among those of the checkpoint's tensor- and pipeline-parallel sizes.
+        on_built: called when the model stands, before anything is read.
 
     Raises:
         CheckpointError: it is damaged, does not fit this version, or the new one is not the same.
@@ -88,6 +97,8 @@ def reshard(checkpoint: Path, checkpoints: Path, *, optimizer_format: Format, la
         optimizer=optimizer,
         tokenizer_sha256=description.tokenizer_sha256 or "",
     )
+    groups.gather_objects(None)  # all of them stand
+    on_built()
     progress = store.load_all(checkpoint)
     before = tensor_checksums(_tensors(model.bare, optimizer))
     store.save(progress)

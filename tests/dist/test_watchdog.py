@@ -133,7 +133,8 @@ def test_hang_under_tensor_parallelism_names_the_rank(trainer):
     assert "broadcast" in ended.report()["ranks"][1]["where"]
 
 
-@pytest.mark.parametrize("dead", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
 def test_survivor_of_a_dead_rank_says_so_in_one_line(dead, trainer):
     ended = run_with_fault(trainer, "die", dead, *LONG)
     survivor = 1 - dead

@@ -11,7 +11,7 @@ from megatron_ext.data.indexed import IndexedTotals, IndexedWriter, read_numbers
 from tools.preprocessing.parts import Finished, WorkFolder, endings, writing
 from tools.preprocessing.plan import Planned, Request
 
-FLUSH_BYTES = 64 << 20
+FLUSH_BYTES = 32 << 20
 """Ids that are flushed to the disk at once: little to wait for at the end, and few part files that lie about."""
 
 _POLL_SECONDS = 0.02

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from tools.preprocessing.encode import Documents
     from tools.preprocessing.inputs import Unit
 
-PART_BYTES = 32 << 20
-"""Most input per part: about half a second of work, which is what a kill loses."""
+PART_BYTES = 16 << 20
+"""Most input per part: some tenths of a second of work, which is what a kill loses and a worker may end later."""
 
 _READ_BYTES = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
