@@ -61,7 +61,7 @@ max_position_embeddings = 32
 dtype = "fp32"
 
 [parallel]
-distributed_timeout_minutes = 2
+distributed_timeout_minutes = 0.5
 
 [data]
 tokenizer = "{data}/tokenizer"
@@ -95,8 +95,8 @@ SAVE_INTERVAL = 3
 VOCAB_SIZE = 512
 # A start that takes longer than this for anything is hung: some 8 s are what it takes on two cores.
 PATIENCE_SECONDS = 180.0
-# The process groups' time-out, and what it takes to end.
-END_SECONDS = 150.0
+# A rank that waits at the start for another that is dead gives up after three minutes (parallel/groups.py).
+END_SECONDS = 240.0
 LEFTOVER_SECONDS = 20.0
 
 Aim = Literal["start", "iteration", "save", "publication", "frozen rank"]

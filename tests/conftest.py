@@ -100,12 +100,18 @@ class Trainer:
         return [sys.executable, *launcher, *script]
 
     def train(
-        self, run: str, *overrides: str, ranks: int = 1, fails: bool = False, environment: Mapping[str, str] | None = None
+        self,
+        run: str,
+        *overrides: str,
+        ranks: int = 1,
+        fails: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> Finished:
         """Run to the end; its exit code is checked unless it is expected to fail."""
         done = subprocess.run(
             self.command(run, *overrides, ranks=ranks),
-            capture_output=True, text=True, timeout=280, env=child_environment() | dict(environment or {}), cwd=self.work,
+            capture_output=True, text=True, timeout=280, cwd=self.work,
+            env=child_environment() | dict(environment or {}),
         )  # fmt: skip
         output = done.stdout + done.stderr
         if not fails:

@@ -265,8 +265,8 @@ def _bad_iterations(config: Config) -> Iterator[str]:
     settings = config.reliability
     if settings.spike_window_iters < _SMALLEST_WINDOW:
         yield (
-            f"reliability.spike_window_iters ({settings.spike_window_iters}) must be at least {_SMALLEST_WINDOW}: fewer "
-            "losses say nothing of how much they vary."
+            f"reliability.spike_window_iters ({settings.spike_window_iters}) must be at least {_SMALLEST_WINDOW}: "
+            "fewer losses say nothing of how much they vary."
         )
     if settings.bad_iteration_policy == "rewind" and config.checkpoint.save_interval is None:
         yield (

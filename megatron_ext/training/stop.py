@@ -20,6 +20,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 # Time kept free for the last save while no save has been measured: this share of what the job has left at the start,
 # so that a job of five minutes trains too, and at most this much.
 _LEAD_SHARE, _LEAD_SECONDS = 0.05, 600.0
+# From the end of the last save to that of the process, and of srun: 4 s were too few on a machine with seven times as
+# much to do as it has cores.
+_LEAVING_SECONDS = 10.0
 
 
 class Reason(NamedTuple):
@@ -101,7 +104,8 @@ class Stop:
         iteration, one for the last save. A save in the background takes longer than it holds up the iteration, and
         the last one begins when the one before it is whole.
         """
-        return max(self._lead, 2 * self._slowest_round, self._slowest_round + 2 * self._slowest_save)
+        saving = max(self._slowest_round, 2 * self._slowest_save)
+        return max(self._lead, self._slowest_round + saving + _LEAVING_SECONDS)
 
     def _time_round(self) -> None:
         now = time.monotonic()

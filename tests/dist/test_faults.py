@@ -15,7 +15,7 @@ from tests.conftest import ROOT, child_environment
 @pytest.mark.timeout(900)
 def test_run_that_is_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "bench" / "faults.py"), "--kills", "4", "--seed", "9",
+        [sys.executable, str(ROOT / "bench" / "faults.py"), "--kills", "4", "--seed", "298",
          "--folder", str(tmp_path / "campaign"), "--json", str(tmp_path / "result.json")],
         capture_output=True, text=True, timeout=880, env=child_environment(), cwd=tmp_path,
     )  # fmt: skip

@@ -116,12 +116,21 @@ def test_short_job_does_not_stop_at_its_start(train, clock):
 
 
 def test_short_job_stops_with_a_twentieth_of_its_time_left(train, clock):
-    stop = Stop(train(), job(100.0))
-    clock[0] += 94.0
+    stop = Stop(train(), job(400.0))
+    clock[0] += 379.0
     assert stop.check(TrainState()) is None
-    stop = Stop(train(), job(100.0))
-    clock[0] += 96.0
-    assert stop.check(TrainState()) == "the job ends in 4 s"
+    stop = Stop(train(), job(400.0))
+    clock[0] += 381.0
+    assert stop.check(TrainState()) == "the job ends in 19 s"
+
+
+def test_very_short_job_stops_with_the_time_left_that_its_end_takes(train, clock):
+    stop = Stop(train(), job(60.0))
+    clock[0] += 49.0
+    assert stop.check(TrainState()) is None
+    stop = Stop(train(), job(60.0))
+    clock[0] += 51.0
+    assert stop.check(TrainState()) == "the job ends in 9 s"
 
 
 def test_long_job_stops_ten_minutes_before_its_end(train, clock):
