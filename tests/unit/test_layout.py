@@ -421,3 +421,19 @@ def test_publishing_clears_what_a_dead_run_left_before_it(tmp_path: Path) -> Non
     old, newer = (layout.prepare_temporary(tmp_path, iteration) for iteration in (5, 20))
     layout.publish(layout.prepare_temporary(tmp_path, 10), description(10))
     assert not old.exists() and newer.exists()
+
+
+def test_temporary_of_another_start_is_cleared_before_this_one_writes(tmp_path):
+    dead = layout.prepare_temporary(tmp_path, 10, "a1")
+    mine = layout.prepare_temporary(tmp_path, 10, "b2")
+    assert mine != dead and mine.is_dir() and not dead.exists()
+
+
+def test_rank_of_a_dead_start_writes_beside_its_successor_and_its_rest_is_removed(tmp_path):
+    mine = layout.prepare_temporary(tmp_path, 10, "b2")
+    late = layout.temporary_path(tmp_path, 10, "a1")
+    late.mkdir()
+    (late / "__1_0.distcp").write_bytes(b"late")
+    path = layout.publish(mine, description(10))
+    assert path == tmp_path / "iter_0000010" and layout.why_not_whole(path) is None
+    assert not late.exists() and not (path / "__1_0.distcp").exists()
