@@ -116,8 +116,6 @@ class Writing:
             files: entries by file name. On the CPU, tensors must not change before `join` returns.
             weight_keys: keys of the tensors that are the model's weights, for `Written.weight_sum`.
         """
-        # torch.save takes a CRC-32 of every tensor, at a sixth of the digest's speed; torch.load does not look at it.
-        torch.serialization.set_crc32_options(False)
         self._directory = directory
         self._weight_keys = frozenset(weight_keys)
         self._written = Written()
@@ -144,6 +142,9 @@ class Writing:
     def _write_file(self, name: str, entries: Sequence[Entry]) -> None:
         results: list[WriteResult] = []
         weight_sum = 0
+        # torch.save takes a CRC-32 of every tensor, at a sixth of the digest's speed; torch.load does not look at it.
+        # The setting is the thread's own (torch 2.13).
+        torch.serialization.set_crc32_options(False)
         try:
             file = DigestingFile(self._directory / name)
             try:

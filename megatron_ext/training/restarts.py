@@ -19,12 +19,13 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from megatron_ext.durable import write_whole
-from megatron_ext.errors import MegapintsError
+from megatron_ext.errors import CheckpointError, ConfigError, DataError, LaunchError, MegapintsError
 from megatron_ext.parallel.launch import Job, find_job
 
 METRICS = "metrics.jsonl"
 UNKNOWN = "ended without a word (killed or crashed)"
 _LOG = logging.getLogger(__name__)
+_REFUSALS = (ConfigError, LaunchError, DataError, CheckpointError)
 _PLACE = ("iteration", "consumed_samples", "consumed_tokens")
 _TAIL_BYTES = 1 << 16
 _LONGEST_REASON = 500
@@ -95,17 +96,27 @@ def _row(line: bytes) -> dict[str, Any] | None:
 def failure_noted(directory: Path, *, rank: int) -> Iterator[None]:
     """Write a `stop` row when the block fails, with why, from rank 0, before anything else is taken down.
 
-    Until the run's Stop takes its signals, SIGTERM is a failure too. Any rank may enter; the others do nothing.
+    A start that was refused before it wrote anything leaves no row: the directory may be another run's, named by
+    mistake. Until the run's Stop takes its signals, SIGTERM is a failure too. Any rank may enter; the others do nothing.
     """
     if rank != 0:
         yield
         return
     signal.signal(signal.SIGTERM, _end_early)
+    metrics = directory / METRICS
+    before = _size(metrics)
     try:
         yield
     except BaseException as error:
-        note_stop(directory / METRICS, reason_of(error))
+        if isinstance(error, _REFUSALS) and _size(metrics) == before:
+            _tell_batch_script(reason_of(error))
+        else:
+            note_stop(metrics, reason_of(error))
         raise
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
 
 
 class EndedEarly(SystemExit):

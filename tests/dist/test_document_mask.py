@@ -54,7 +54,7 @@ def column(finished, name: str) -> list[float]:
     return [row[name] for row in finished.rows()]
 
 
-SLOW = {"tp2_sp", "pp4"}
+SLOW = {"tp2_sp", "pp4", "tp2_pp2_sp"}
 """What these cover, other layouts cover too, together with more; .ci/run runs them all."""
 
 
@@ -72,6 +72,7 @@ def test_documents_in_layout_give_the_losses_and_norms_of_one_process(name, refe
     assert valid["loss"] == pytest.approx(expected["loss"], rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_size_of_the_micro_batch_changes_nothing(reference, documents_trainer):
     # Laid out in rows of 8 samples or one by one, the documents are the same.
     for size in ("1", "8"):

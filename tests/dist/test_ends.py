@@ -38,6 +38,7 @@ def run_script(trainer, script: Path, *arguments: str, overrides: tuple[str, ...
     return Finished(done.returncode, done.stdout + done.stderr, trainer.work / "run")
 
 
+@pytest.mark.slow
 def test_mistake_that_only_a_second_rank_of_a_node_meets_is_told_once(trainer):
     script = trainer.work / "refused.py"
     script.write_text(REFUSED_ON_RANK_1.format(root=str(HERE.parents[1])))

@@ -25,6 +25,7 @@ def test_init_from_a_run_starts_at_its_loss_with_a_fresh_schedule(pretrained, mo
     assert still.rows("valid")[-1]["loss"] == pytest.approx(pretrained.rows("valid")[-1]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_init_from_a_run_at_another_tensor_size_takes_its_weights(pretrained, module_trainer):
     split = module_trainer.train("split", "--checkpoint.init_from", str(pretrained.run_dir), *TP2, "--optimizer.lr",
                                  "1e-12", "--optimizer.min_lr", "0", ranks=2)  # fmt: skip

@@ -44,7 +44,7 @@ def metrics(finished):
     return [tuple(row[name] for name in names) for row in finished.rows()]
 
 
-QUICK = {("one_process", False), ("tp2", True), ("dp2_overlap", True)}
+QUICK = {("one_process", False), ("dp2_overlap", True)}
 """What `make test` runs of the cases below; .ci/run runs them all."""
 
 
@@ -86,7 +86,7 @@ def saved_on_eight(module_trainer):
     ("name", "ranks", "overrides"),
     [
         pytest.param("to_one", 1, (), marks=pytest.mark.slow),
-        ("to_tp2", 2, TP2),
+        pytest.param("to_tp2", 2, TP2, marks=pytest.mark.slow),
         pytest.param("to_pp2", 2, PP2, marks=pytest.mark.slow),
         pytest.param("to_dp4", 4, (), marks=pytest.mark.slow),
     ],

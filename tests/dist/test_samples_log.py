@@ -30,6 +30,7 @@ def test_record_says_where_the_samples_lie(straight, tiny_data):
     assert {sample.epoch for _, samples in straight for sample in samples} == {0}
 
 
+@pytest.mark.slow
 def test_record_of_a_run_that_changes_its_ranks_is_that_of_an_undisturbed_one(straight, trainer):
     trainer.train("changing", *RECORDED, "--train.exit_iters", "2", ranks=2)
     trainer.train("changing", *RECORDED, "--train.exit_iters", "4")

@@ -216,6 +216,7 @@ def test_healthy_replicas_are_only_noted(trainer):
     assert "differ" not in finished.output
 
 
+@pytest.mark.slow
 def test_slow_rank_is_named_and_a_healthy_one_is_not(trainer):
     overrides = ("--train.train_iters", "70", "--reliability.straggler_interval", "5", "--reliability.straggler_ratio")
     ended = run_with_fault(trainer, "be_slow", 1, *overrides, "1.5")

@@ -479,10 +479,11 @@ def test_mistake_of_a_configuration_makes_no_run_directory(place):
     assert not (place.root / "run").exists()
 
 
-def test_damaged_checkpoint_in_the_run_directory_is_passed_over_with_a_word(place, finished_run):
+def test_damaged_checkpoint_that_is_the_only_one_is_refused_rather_than_begun_anew(place, finished_run):
     shutil.copytree(finished_run, place.root / "run")
     path = place.root / "run" / "checkpoints" / "iter_0000002"
     (path / "megapints.json").write_text('{"format": 1')
     done = run(["pretrain_pints.py", str(place.config), "--train.exit_iters", "1"], place.root)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2
     assert f"ignored {path}: " in done.stdout
+    assert "none that is whole" in done.stderr and "Traceback" not in done.stderr

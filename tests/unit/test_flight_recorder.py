@@ -18,6 +18,9 @@ store = dist.HashStore()
 dist.init_process_group("gloo", store=store, rank=0, world_size=1)
 dist.all_reduce(torch.ones(3))
 dist.all_reduce(torch.ones(4))
+deadline = time.monotonic() + 20
+while flight_recorder.oldest_pending(cuda=False) and time.monotonic() < deadline:
+    time.sleep(0.05)  # the recorder hears of the end from another thread
 print("pending:", flight_recorder.oldest_pending(cuda=False))
 flight_recorder.write_trace(Path(sys.argv[1]), 0, cuda=False)
 """

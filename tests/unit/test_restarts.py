@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ext.errors import TrainingError
+from megatron_ext.errors import CheckpointError, TrainingError
 from megatron_ext.parallel.launch import Job
 from megatron_ext.training.restarts import UNKNOWN, failure_noted, find_restart, note_stop, reason_of
 
@@ -130,6 +130,26 @@ def test_failure_leaves_its_first_line_where_the_last_row_stood(metrics, tmp_pat
 def test_failure_of_a_first_start_leaves_a_row_too(tmp_path):
     fail(tmp_path, TrainingError("no disk"))
     assert [(stop["iteration"], stop["reason"]) for stop in stops(tmp_path)] == [(0, "failed: no disk")]
+
+
+def test_refused_start_leaves_the_rows_of_the_directory_alone(metrics, tmp_path):
+    path = metrics(*SESSION)
+    before = path.read_bytes()
+    fail(tmp_path, CheckpointError("of another model"))
+    assert path.read_bytes() == before
+
+
+def test_checkpoint_that_fails_under_way_leaves_a_row(metrics, tmp_path):
+    path = metrics(*SESSION)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(CheckpointError), failure_noted(tmp_path, rank=0):
+            with path.open("a") as stream:
+                stream.write(json.dumps({"kind": "start", "iteration": 8, "time": NOW}) + "\n")
+            raise CheckpointError("no disk")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [stop["reason"] for stop in stops(tmp_path)] == ["failed: no disk"]
 
 
 def test_failure_after_a_line_cut_short_has_a_line_of_its_own(metrics, tmp_path):
