@@ -97,7 +97,9 @@ def failure_noted(directory: Path, *, rank: int) -> Iterator[None]:
     """Write a `stop` row when the block fails, with why, from rank 0, before anything else is taken down.
 
     A start that was refused before it wrote anything leaves no row: the directory may be another run's, named by
-    mistake. Until the run's Stop takes its signals, SIGTERM is a failure too. Any rank may enter; the others do nothing.
+    mistake. Until the run's Stop takes its signals, SIGTERM is a failure too.
+
+    Any rank may enter; the others do nothing.
     """
     if rank != 0:
         yield
