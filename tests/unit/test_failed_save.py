@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import multiprocessing
+import re
 import threading
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def test_full_disk_is_one_error_with_rank_file_and_reason(options, build, checkp
         saved.wait()
     message = str(caught.value)
     assert "iteration 2 could not be saved" in message
-    assert f"rank 0: {checkpoints / 'iter_0000002.tmp' / '__0_'}" in message and "File too large" in message
+    assert re.search(r"rank 0: \S+/iter_0000002\.\w+\.tmp/__0_\d\.distcp: File too large", message)
     assert f"goes on from {checkpoints / 'iter_0000001'}" in message
 
 
@@ -96,7 +97,7 @@ def test_file_that_vanished_before_publishing_is_an_error(build, checkpoints, mo
     finish = writer.ShardPlan.finish
 
     def loses_one(self, *args):
-        (checkpoints / "iter_0000001.tmp" / "__0_1.distcp").unlink()
+        (next(checkpoints.glob("iter_0000001.*.tmp")) / "__0_1.distcp").unlink()
         return finish(self, *args)
 
     monkeypatch.setattr(writer.ShardPlan, "finish", loses_one)
@@ -148,7 +149,8 @@ def test_second_background_save_begins_when_the_first_is_published(build, gate, 
 def test_save_under_way_is_not_published_yet(build, gate, checkpoints):  # noqa: F811
     saved = build(*BEHIND).trained().checkpoints
     saved.save(FIRST)
-    assert saved.poll() == [] and names(checkpoints) == ["iter_0000001.tmp"]
+    (name,) = names(checkpoints)
+    assert saved.poll() == [] and name.endswith(".tmp")
 
 
 def test_published_save_says_what_it_cost(build, gate, checkpoints):  # noqa: F811
