@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -92,8 +91,6 @@ def leave(code: int) -> NoReturn:
     After a refusal the process groups' threads may still run, and an interpreter that ends around them aborts now
     and then ("terminate called without an active exception", torch 2.13 with gloo), with another exit code.
     """
-    for child in multiprocessing.active_children():
-        child.kill()  # a save that nobody will publish
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -203,6 +200,6 @@ def build_and_train(config: Config, launch: Launch, watchdog: Watchdog, closing:
     )
 
 
-if __name__ == "__main__":  # saving starts processes, which must not start training again
+if __name__ == "__main__":
     if code := main():
         leave(code)

@@ -40,8 +40,7 @@ class Stop:
         """Note when to stop, and begin to catch signals.
 
         SIGTERM and SIGUSR1 stay blocked, here and in every process started from now on: Slurm sends them to all
-        processes of a task, and one that a save needs (Megatron's queue of write results lives in its own) would
-        die of them.
+        processes of a task, and one that the run still needs would die of them.
         """
         job = Job() if job is None else job
         self._last = train.train_iters if train.exit_iters is None else train.exit_iters

@@ -19,7 +19,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import logging
-import multiprocessing
 import os
 import re
 import signal
@@ -257,8 +256,6 @@ class Watchdog:
         writer.join(_WRITING_SECONDS)
         if writer.is_alive() and verdict:  # the log may be on what hangs
             os.write(2, f"error: hung: {verdict}\n".encode())
-        for child in multiprocessing.active_children():
-            child.kill()  # a save that nobody will publish
         os._exit(EXIT_CODE_HANG)
 
     def _write_report(self, report: HangReport) -> None:
