@@ -9,8 +9,10 @@ torchrun > Open MPI > Hydra (MPICH, Intel MPI) and PALS > srun > a bare process.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import random
 import re
 import socket
 from collections.abc import Iterable, Mapping
@@ -349,10 +351,21 @@ def _checked(launch: Launch) -> Launch:
 
 
 def free_port() -> int:
-    """Ask the system for a TCP port that nobody listens on now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    """Choose a TCP port that nobody listens on now, below those that the system gives to outgoing connections.
+
+    One of those would be taken by somebody's connection now and then before rank 0 listens on it.
+
+    Raises:
+        LaunchError: none was found.
+    """
+    for port in random.SystemRandom().sample(range(_FIRST_PORT, _FIRST_PORT + _NUM_PORTS), 100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
+    raise LaunchError(
+        f"no free port between {_FIRST_PORT} and {_FIRST_PORT + _NUM_PORTS - 1} was found in 100 attempts; "
+        "set MASTER_PORT"
+    )
 
 
 def _agree_over_mpi(launch: Launch) -> Launch:
