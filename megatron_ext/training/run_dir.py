@@ -3,7 +3,7 @@
 RUN/config.toml        the resolved configuration of the newest start
 RUN/environment.json   code revision, versions, machine of the newest start
 RUN/tokenizer/         the tokenizer that the data was made with
-RUN/log.txt  metrics.jsonl  tensorboard/  checkpoints/
+RUN/log.txt  metrics.jsonl  tensorboard/  checkpoints/  preflight.json  skipped.json  samples/  hang-*
 """
 
 from __future__ import annotations

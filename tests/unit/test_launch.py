@@ -473,3 +473,7 @@ def test_job_without_an_end_has_none(end_time, monkeypatch):
     if end_time is not None:
         monkeypatch.setenv("SLURM_JOB_END_TIME", end_time)
     assert find_job() == Job()
+
+
+def test_free_port_is_below_those_of_outgoing_connections():
+    assert {12000 <= free_port() < 32000 for _ in range(50)} == {True}
