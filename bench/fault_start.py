@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import psutil
 
 from megatron_ext.checkpoint import layout
+from megatron_ext.parallel.launch import free_port
 
 SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_pints.py"
 # Every process that a start leads to, however far down, inherits it: so those that outlive the ranks are found.
@@ -75,7 +74,7 @@ class Start:
     def _commands(self, arguments: Sequence[str]) -> list[tuple[list[str], dict[str, str]]]:
         python, script = sys.executable, [str(SCRIPT), *arguments]
         environment = _clean_environment() | {MARK: self._mark, "OMP_NUM_THREADS": "1"}
-        port = str(_free_port())
+        port = str(free_port())
         if self.launcher == "torchrun":
             options = ["--nproc-per-node", str(self._size), "--master-port", port]
             return [([python, "-m", "torch.distributed.run", *options, *script], environment)]
@@ -217,12 +216,3 @@ def _clean_environment() -> dict[str, str]:
     """This process's environment without a launcher's variables."""
     foreign = ("SLURM_", "OMPI_", "PMI_", "RANK", "WORLD_", "LOCAL_", "MASTER_", "TORCHELASTIC_")
     return {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
-
-
-def _free_port() -> int:
-    """Find a port below those that the system gives to outgoing connections: one of them would take it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(16000, 32000)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port

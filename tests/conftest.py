@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+
+from megatron_ext.parallel.launch import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -96,7 +95,7 @@ class Trainer:
         script = [str(ROOT / "pretrain_pints.py"), str(self.config(run)), *overrides]
         if ranks == 1:
             return [sys.executable, *script]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(_free_port())]
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(free_port())]
         return [sys.executable, *launcher, *script]
 
     def train(
@@ -123,15 +122,6 @@ def child_environment() -> dict[str, str]:
     """Environment of a command under test: no launcher's variables, one thread (sums in one order)."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI_", "RANK", "WORLD_"))}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-
-
-def _free_port() -> int:
-    """Find a port below those that the system gives to outgoing connections: one of them would take it meanwhile."""
-    while True:
-        port = random.SystemRandom().randrange(16000, 32000)
-        with socket.socket() as listener, contextlib.suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
 
 
 def build_tiny_tokenizer(folder: Path) -> int:

@@ -306,12 +306,7 @@ def _ignoring(config: Config) -> tuple[tuple[str, str, bool, str], ...]:
             precision.dtype != "fp8",
             f"with precision.dtype {precision.dtype}",
         ),
-        (
-            "parallel",
-            "ddp_bucket_size",
-            not parallel.overlap_grad_reduce,
-            "without parallel.overlap_grad_reduce",
-        ),
+        ("parallel", "ddp_bucket_size", not parallel.overlap_grad_reduce, "without parallel.overlap_grad_reduce"),
         (
             "parallel",
             "recompute_num_layers",
@@ -329,12 +324,7 @@ def _ignoring(config: Config) -> tuple[tuple[str, str, bool, str], ...]:
             style != "wsd",
             f"with optimizer.lr_decay_style {style}",
         ),
-        (
-            "optimizer",
-            "min_lr lr_decay_iters",
-            style == "constant",
-            "with optimizer.lr_decay_style constant",
-        ),
+        ("optimizer", "min_lr lr_decay_iters", style == "constant", "with optimizer.lr_decay_style constant"),
         ("optimizer", "weight_decay_scope", optimizer.weight_decay == 0, "with optimizer.weight_decay 0"),
         (
             "checkpoint",
@@ -354,18 +344,8 @@ def _ignoring(config: Config) -> tuple[tuple[str, str, bool, str], ...]:
             checkpoint.init_from is not None,
             "with checkpoint.init_from, because the weights are read",
         ),
-        (
-            "reliability",
-            "max_bad_iterations",
-            policy == "stop",
-            "with reliability.bad_iteration_policy stop",
-        ),
-        (
-            "reliability",
-            "rewind_skip_iters",
-            policy != "rewind",
-            f"with reliability.bad_iteration_policy {policy}",
-        ),
+        ("reliability", "max_bad_iterations", policy == "stop", "with reliability.bad_iteration_policy stop"),
+        ("reliability", "rewind_skip_iters", policy != "rewind", f"with reliability.bad_iteration_policy {policy}"),
         (
             "reliability",
             "spike_window_iters",

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import Trainer, _free_port, child_environment
+from megatron_ext.parallel.launch import free_port
+from tests.conftest import Trainer, child_environment
 
 PLANTED = str(Path(__file__).with_name("planted_fault.py"))
 TP2 = ("--parallel.tensor_model_parallel_size", "2")
@@ -47,7 +48,7 @@ class Ended:
 
 def start(trainer: Trainer, *arguments: str) -> list[subprocess.Popen]:
     """Start two ranks as torchrun would, but without it, so that nothing else ends them."""
-    port = str(_free_port())
+    port = str(free_port())
     return [
         subprocess.Popen(
             [sys.executable, *arguments], cwd=trainer.work, text=True, stdout=subprocess.PIPE,
