@@ -72,8 +72,9 @@ class Finished:
     run_dir: Path
 
     def rows(self, kind: str = "train") -> list[dict[str, Any]]:
-        """Read the metrics of one kind."""
-        lines = (self.run_dir / "metrics.jsonl").read_text().splitlines()
+        """Read the metrics of one kind; none where the run was refused before its first row."""
+        metrics = self.run_dir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
         return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 

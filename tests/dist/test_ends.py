@@ -48,12 +48,12 @@ def test_mistake_that_only_a_second_rank_of_a_node_meets_is_told_once(trainer):
     assert "megatron_ext" not in finished.output  # torchrun tells a traceback of its own, but none is ours
 
 
-def test_refused_start_leaves_a_stop_row_though_it_had_no_iteration(trainer):
+def test_start_that_is_refused_tells_one_line_and_leaves_no_metrics(trainer):
     finished = trainer.train("run", "--checkpoint.init_from", str(trainer.data), fails=True)
     assert finished.returncode == 2
-    (stop,) = finished.rows("stop")
-    assert stop["iteration"] == 0 and stop["reason"].startswith(f"failed: {trainer.data}")
-    assert len(finished.output.split("error: ")) == 2
+    assert not (finished.run_dir / "metrics.jsonl").exists()
+    (line,) = finished.output.split("error: ")[1:]
+    assert line.startswith(str(trainer.data))
 
 
 @pytest.mark.slow
