@@ -36,6 +36,14 @@ class Straight(NamedTuple):
     samples: list[Iteration]
 
 
+class Layout(NamedTuple):
+    """How the ranks of both nodes share the work, and what a run of theirs is without interruption."""
+
+    name: str
+    words: tuple[str, ...]
+    straight: Straight
+
+
 class Interrupted:
     """A training job under way."""
 
@@ -88,6 +96,13 @@ def straight_dp2(slurm, module_trainer) -> Straight:
     return run_straight(slurm, module_trainer, "straight_dp2", DP2)
 
 
+@pytest.fixture(params=["tp2", "dp2"])
+def layout(request) -> Layout:
+    """Each layout across the two nodes."""
+    words = {"tp2": TP2, "dp2": DP2}[request.param]
+    return Layout(request.param, words, request.getfixturevalue(f"straight_{request.param}"))
+
+
 def run_straight(slurm: Slurm, trainer: Trainer, name: str, layout: tuple[str, ...]) -> Straight:
     """Run a layout without interruption."""
     run = Interrupted(slurm, trainer, name, layout)
@@ -99,20 +114,21 @@ def run_straight(slurm: Slurm, trainer: Trainer, name: str, layout: tuple[str, .
 
 
 @pytest.mark.slow
-def test_run_requeued_by_an_administrator_ends_as_an_uninterrupted_one(slurm, module_trainer, straight_tp2):
-    run = Interrupted(slurm, module_trainer, "requeued", TP2)
+def test_run_requeued_by_an_administrator_ends_as_an_uninterrupted_one(slurm, module_trainer, layout):
+    run = Interrupted(slurm, module_trainer, f"requeued_{layout.name}", layout.words)
     run.wait_until_it_has_saved()
     assert slurm.run("scontrol", "requeue", run.number).returncode == 0
     assert run.finish().restarts == 1
     assert len(run.rows("start")) == 2
-    assert run.metrics() == straight_tp2.metrics
-    assert run.samples() == straight_tp2.samples
+    assert run.metrics() == layout.straight.metrics
+    assert run.samples() == layout.straight.samples
 
 
 @pytest.mark.slow
-def test_run_that_comes_to_its_time_limit_saves_and_is_requeued(slurm, module_trainer, straight_dp2):
+def test_run_that_comes_to_its_time_limit_saves_and_is_requeued(slurm, module_trainer, layout):
     # One minute is the shortest that Slurm gives; in the first start, the iterations from 20 on take longer than that.
-    run = Interrupted(slurm, module_trainer, "limited", DP2, options=("--time=1",), slow_seconds=2.0)
+    name = f"limited_{layout.name}"
+    run = Interrupted(slurm, module_trainer, name, layout.words, options=("--time=1",), slow_seconds=2.0)
     job = run.finish()
     assert job.restarts == 1
     first, second = run.rows("stop")
@@ -120,8 +136,8 @@ def test_run_that_comes_to_its_time_limit_saves_and_is_requeued(slurm, module_tr
     assert second["reason"] == f"finished: {ITERS} iterations"
     assert f"stopped at iteration {first['iteration']}" in job.log
     assert len(run.rows()) == ITERS  # no iteration ran twice
-    assert run.metrics() == straight_dp2.metrics
-    assert run.samples() == straight_dp2.samples
+    assert run.metrics() == layout.straight.metrics
+    assert run.samples() == layout.straight.samples
 
 
 def lose_a_node(slurm: Slurm, run: Interrupted, node: str, *, wait_for: str) -> None:
