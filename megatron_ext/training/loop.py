@@ -148,4 +148,5 @@ def save(run: Run, state: TrainState) -> None:
 def note_saved(run: Run, state: TrainState) -> None:
     """Let a save in the background come a step further, and note what is whole now."""
     for published in run.checkpoints.poll():
+        run.stop.note_saved(published.progress.iteration)
         run.metrics.log_checkpoint(state, published)
