@@ -52,7 +52,7 @@ def train(run: Run, state: TrainState) -> str:
         gc.disable()  # ranks that collect at different moments wait for each other
     run.metrics.begin(state)
     run.samples_log.begin(state)
-    while (reason := run.stop.check(state, run.checkpoints.last_save_seconds)) is None:
+    while (reason := run.stop.check(state, run.checkpoints.last_save_seconds, run.samples_log.trouble)) is None:
         run.watchdog.note(state.iteration + 1, "iteration")
         result = run.bad_iterations.pass_over(state) or train_step(run.machine, state)
         if result.fault is not None and answer_fault(run, state, result) == "went back":

@@ -47,6 +47,11 @@ class SamplesLog:
         """This rank's file."""
         return self._directory / _FILE.format(self._place.data_rank)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why this rank's record is not whole, once it is not: time to stop, and to have `flush` tell it everywhere."""
+        return None if self._error is None else f"{self.path}: cannot be written ({self._error.strerror})"
+
     def begin(self, state: TrainState) -> None:
         """Note that a start goes on from this state. Every rank calls it."""
         if not self._enabled:
@@ -68,7 +73,7 @@ class SamplesLog:
         given = [(k, *draws[k]) for k in self._loader.delivered] if trained else []
         try:
             self._stream.write(self._line(state, samples=given))
-        except OSError as error:  # told by `flush`: the other ranks are on their way to the next iteration
+        except OSError as error:  # the other ranks are on their way to the next iteration, where Stop tells them
             self._error = error
 
     def flush(self) -> None:
@@ -87,8 +92,8 @@ class SamplesLog:
                     self._error = error
             if self._error is not None:
                 raise TrainingError(
-                    f"{self.path}: cannot be written ({self._error.strerror}), and log.samples asks for a whole "
-                    "record; nothing was saved since the last checkpoint. Make room, or switch it off, and resume."
+                    f"{self.trouble}, and log.samples asks for a whole record; nothing was saved since the last "
+                    "checkpoint. Make room, or switch it off, and resume."
                 )
 
     def close(self) -> None:

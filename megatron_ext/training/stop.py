@@ -61,15 +61,19 @@ class Stop:
         resource_tracker.ensure_running()  # where it starts later, it leaves SIGTERM unblocked (Python 3.11, 3.12)
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
-    def check(self, state: TrainState, save_seconds: float | None = None) -> str | None:
+    def check(self, state: TrainState, save_seconds: float | None = None, trouble: str | None = None) -> str | None:
         """Say why to stop before the next iteration, or None to go on. Every rank calls it.
 
-        `save_seconds` is how long the last save took until it was whole, in the background or not. The first call and
-        the last also go into the job's record, as do saves.
+        The first call and the last also go into the job's record, as do saves.
+
+        Args:
+            state: how far the run is.
+            save_seconds: how long the last save took until it was whole, in the background or not.
+            trouble: why this rank cannot go on, where it has found out by itself; the others then stop with it.
         """
         self._time_round()
         self._slowest_save = max(self._slowest_save, save_seconds or 0.0)
-        reason = self._find(state)
+        reason = self._find(state, trouble)
         if self._first is None:
             self._first = self._saved = state.iteration
             self._tell("running", state.iteration)
@@ -83,10 +87,10 @@ class Stop:
         self._saved = iteration
         self._tell(*self._told)
 
-    def _find(self, state: TrainState) -> Reason | None:
+    def _find(self, state: TrainState, trouble: str | None) -> Reason | None:
         if state.iteration >= self._last:
             return Reason("finished", f"finished: {state.iteration} iterations")
-        mine = self._own_reason()
+        mine = Reason("stopped", trouble) if trouble else self._own_reason()
         if not groups.any_rank(mine is not None):
             return None
         found: list[Reason | None] = groups.gather_objects(mine)

@@ -19,10 +19,8 @@ from tests.conftest import Trainer, child_environment
 
 PLANTED = str(Path(__file__).with_name("planted_fault.py"))
 TP2 = ("--parallel.tensor_model_parallel_size", "2")
-BASIC = (
-    "--parallel.distributed_timeout_minutes", "0.05", "--train.eval_interval", "100000", "--reliability.preflight",
-    "false",
-)  # fmt: skip
+BASIC = ("--train.eval_interval", "100000", "--reliability.preflight", "false")
+TIMEOUT = "--parallel.distributed_timeout_minutes"
 LONG = ("--train.train_iters", "400")
 
 
@@ -77,10 +75,12 @@ def finish(trainer: Trainer, ranks: list[subprocess.Popen], *, frozen: int | Non
     return Ended(codes, [outputs[number] for number in range(len(ranks))], trainer.work / "run")
 
 
-def run_with_fault(trainer: Trainer, fault: str, rank: int, *overrides: str, **variables: str) -> Ended:
-    """Train on two ranks, one of them with a fault at iteration 4."""
-    config = str(trainer.config("run"))
-    ranks = start(trainer, PLANTED, fault, str(rank), "4", config, *BASIC, *overrides, **variables)
+def run_with_fault(
+    trainer: Trainer, fault: str, rank: int, *overrides: str, timeout_minutes: float = 0.05, **variables: str
+) -> Ended:
+    """Train on two ranks, one of them with a fault at iteration 4; what does not hang may be slow on a busy machine."""
+    words = (PLANTED, fault, str(rank), "4", str(trainer.config("run")), *BASIC, TIMEOUT, str(timeout_minutes))
+    ranks = start(trainer, *words, *overrides, **variables)
     return finish(trainer, ranks, frozen=rank if fault == "be_stopped" else None)
 
 
@@ -173,7 +173,7 @@ def test_launcher_ends_with_an_error_after_a_hang(launcher, trainer):
     if launcher == "mpiexec":
         mpiexec = str(Path(sys.executable).with_name("mpiexec"))
         launch = [mpiexec, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable]
-    command = [*launch, PLANTED, "hang_in_the_loader", "1", "4", config, *BASIC, *LONG]
+    command = [*launch, PLANTED, "hang_in_the_loader", "1", "4", config, *BASIC, TIMEOUT, "0.05", *LONG]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=child_environment(), cwd=trainer.work
     )
@@ -185,7 +185,7 @@ def test_launcher_ends_with_an_error_after_a_hang(launcher, trainer):
 def test_job_that_was_suspended_for_longer_than_the_timeout_goes_on_as_if_nothing_had_been(trainer):
     # Rank 1 is slow, so that rank 0 is found waiting in a collective when it goes on, a moment before rank 1 does.
     config = str(trainer.config("run"))
-    ranks = start(trainer, PLANTED, "be_slow", "1", "4", config, *BASIC, "--train.train_iters", "30")
+    ranks = start(trainer, PLANTED, "be_slow", "1", "4", config, *BASIC, TIMEOUT, "0.05", "--train.train_iters", "30")
     metrics = trainer.work / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count('"train"') > 5):
@@ -206,7 +206,7 @@ def test_job_that_was_suspended_for_longer_than_the_timeout_goes_on_as_if_nothin
 
 def test_replica_with_a_flipped_bit_stops_the_run_and_is_named(trainer):
     overrides = ("--reliability.replica_check_interval", "4", "--checkpoint.save_interval", "4")
-    ended = run_with_fault(trainer, "flip_a_bit", 1, *overrides)
+    ended = run_with_fault(trainer, "flip_a_bit", 1, *overrides, timeout_minutes=1.0)
     assert ended.codes == [2, 2], ended.output
     assert "iteration 4: the weights of replicas differ: rank 1 (" in ended.outputs[0]
     assert "in 1 of 27 parameters (decoder.layers.0.self_attention.linear_qkv.weight)" in ended.outputs[0]
@@ -229,8 +229,8 @@ def test_healthy_replicas_are_only_noted(trainer):
 
 @pytest.mark.slow
 def test_slow_rank_is_named_and_a_healthy_one_is_not(trainer):
-    overrides = ("--train.train_iters", "70", "--reliability.straggler_interval", "5", "--reliability.straggler_ratio")
-    ended = run_with_fault(trainer, "be_slow", 1, *overrides, "1.5")
+    straggler = ("--reliability.straggler_interval", "5", "--reliability.straggler_ratio", "1.5")
+    ended = run_with_fault(trainer, "be_slow", 1, "--train.train_iters", "70", *straggler, timeout_minutes=1.0)
     assert ended.codes == [0, 0], ended.output
     warnings = [line for line in ended.output.splitlines() if "WARNING" in line]
     assert len(warnings) == 1 and "rank 1 (" in warnings[0] and "slow_forward_step" in warnings[0]

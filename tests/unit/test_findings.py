@@ -119,4 +119,6 @@ def test_bad_iteration_is_told_though_the_save_in_flight_fails(start, held_save,
 def test_samples_that_cannot_be_recorded_let_the_save_in_flight_be_completed(start, tmp_path):  # noqa: F811
     with pytest.raises(TrainingError, match=r"data_rank_0000\.jsonl: cannot be written \(No space left on device\)"):
         start(NO_FAULT, *ASYNC, *RECORDED)
-    assert Trained(tmp_path / "run").checkpoints() == ["iter_0000005"]
+    run = Trained(tmp_path / "run")
+    assert run.checkpoints() == ["iter_0000005"]
+    assert [row["iteration"] for row in run.rows("train")][-1] == 7  # not 10, where the next save is due
