@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields
@@ -261,6 +262,8 @@ def why_not_whole(path: Path) -> str | None:
     """Say why a directory is not a whole checkpoint; None when it is one."""
     if iteration_of(path) is None:
         return "it was never published (a save was interrupted)"
+    if (reason := _why_no_directory(path)) is not None:
+        return reason
     try:
         read_description(path)
         files = _read_body(path).get("files")
@@ -271,24 +274,39 @@ def why_not_whole(path: Path) -> str | None:
     for name, size in files.items():
         try:
             found = (path / name).stat().st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         if found != size:
             return f"{name} has {found} bytes, not {size}"
     return None
 
 
+def _why_no_directory(path: Path) -> str | None:
+    try:
+        return None if stat.S_ISDIR(path.stat().st_mode) else "is not a directory"
+    except FileNotFoundError:
+        return f"is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
 def find_newest(checkpoints: Path, bad: Mapping[Path, str] | None = None) -> Found:
-    """Find the newest whole checkpoint under a `checkpoints` directory, and what newer directories were passed over.
+    """Find the newest whole checkpoint under a `checkpoints` directory, and what newer ones were passed over.
+
+    Whatever has a published checkpoint's name is judged, be it a link into an archive that is not mounted: a run that
+    has checkpoints must not look like one that has none.
 
     Args:
         checkpoints: the directory.
         bad: checkpoints that are known to be damaged though all their files are there, and what is wrong with them.
+
+    Raises:
+        CheckpointError: what has the directory's name cannot be listed.
     """
-    if not checkpoints.is_dir():
-        return Found(None, ())
     candidates = sorted(
-        (p for p in checkpoints.iterdir() if p.is_dir() and p.name.startswith("iter_")),
+        _candidates(checkpoints),
         key=lambda p: (int("".join(c for c in p.name.split(".")[0] if c.isdigit()) or 0), iteration_of(p) is not None),
         reverse=True,
     )
@@ -301,20 +319,34 @@ def find_newest(checkpoints: Path, bad: Mapping[Path, str] | None = None) -> Fou
     return Found(None, tuple(rejected))
 
 
+def _candidates(checkpoints: Path) -> list[Path]:
+    """List what has a published checkpoint's name, and the directories on their way to or from one."""
+    try:
+        entries = [path for path in checkpoints.iterdir() if path.name.startswith("iter_")]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.lexists(checkpoints):
+            return []
+        reason = _why_no_directory(checkpoints) or f"cannot be read ({error.strerror})"
+        raise CheckpointError(
+            f"{checkpoints}: {reason}, so whether the run has checkpoints is not known; put it right, or move it away."
+        ) from None
+    return [path for path in entries if iteration_of(path) is not None or _why_no_directory(path) is None]
+
+
 def resolve(path: Path) -> Path:
     """Turn what a person gave (a run, its `checkpoints`, or one checkpoint) into one whole checkpoint directory.
 
     Raises:
         CheckpointError: nothing whole is there.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: does not exist; give a run directory or one of its checkpoints.")
-    if (path / DESCRIPTION).exists() or iteration_of(path) is not None:
+    if (reason := _why_no_directory(path)) is not None:
+        raise CheckpointError(f"{path}: {reason}; give a run directory or one of its checkpoints.")
+    if os.path.exists(path / DESCRIPTION) or iteration_of(path) is not None:
         reason = why_not_whole(path)
         if reason is not None:
             raise CheckpointError(f"{path}: not a whole checkpoint: {reason}.")
         return path
-    checkpoints = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    checkpoints = path / CHECKPOINTS if os.path.lexists(path / CHECKPOINTS) else path
     found = find_newest(checkpoints)
     if found.path is None:
         detail = "; ".join(f"{r.path.name}: {r.reason}" for r in found.rejected)

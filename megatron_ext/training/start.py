@@ -43,9 +43,10 @@ def starting_state(config: Config, checkpoints: Checkpoints) -> TrainState:
 
 def _refuse_to_overwrite(checkpoints: Path) -> None:
     found = layout.find_newest(checkpoints)
-    if found.path is not None:
+    damaged = [one.path for one in found.rejected if layout.iteration_of(one.path) is not None]
+    if held := found.path or next(iter(damaged), None):
         raise CheckpointError(
-            f"{found.path}: the run directory already holds a checkpoint and checkpoint.resume is false; "
+            f"{held}: the run directory already holds a checkpoint and checkpoint.resume is false; "
             "name another run_dir, or remove it."
         )
 

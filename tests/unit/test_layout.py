@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -327,6 +328,71 @@ def test_newest_says_nothing_of_older_damaged_ones(checkpoints):
         save(checkpoints, iteration)
     (checkpoints / "iter_0000010" / ".metadata").unlink()
     assert layout.find_newest(checkpoints).rejected == ()
+
+
+def unmounted(path: Path) -> None:
+    path.symlink_to("/archive/that/is/not/mounted")
+
+
+UNREADABLE = {
+    "link_into_nothing": (unmounted, "is a link to /archive/that/is/not/mounted, which is not there"),
+    "link_to_itself": (lambda path: path.symlink_to(path), "cannot be read (Too many levels of symbolic links)"),
+    "file": (lambda path: path.write_text("x"), "is not a directory"),
+}
+unreadable = pytest.mark.parametrize(("make", "reason"), UNREADABLE.values(), ids=UNREADABLE.keys())
+
+
+@unreadable
+def test_newest_that_is_no_readable_directory_is_rejected_with_its_reason(make, reason, checkpoints):
+    older = save(checkpoints, 10)
+    newest = checkpoints / "iter_0000020"
+    make(newest)
+    assert layout.find_newest(checkpoints) == (older, ((newest, reason),))
+
+
+@unreadable
+def test_only_checkpoint_that_is_no_readable_directory_is_rejected_with_its_reason(make, reason, checkpoints):
+    checkpoints.mkdir(parents=True)
+    only = checkpoints / "iter_0000020"
+    make(only)
+    assert layout.find_newest(checkpoints) == (None, ((only, reason),))
+
+
+def test_newest_that_the_file_system_fails_to_look_at_is_rejected_with_its_reason(checkpoints, monkeypatch):
+    older, newest = save(checkpoints, 10), save(checkpoints, 20)
+    look = Path.stat
+
+    def fails(self: Path, **options: bool) -> os.stat_result:
+        if self == newest:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return look(self, **options)
+
+    monkeypatch.setattr(Path, "stat", fails)
+    assert layout.find_newest(checkpoints) == (older, ((newest, "cannot be read (Input/output error)"),))
+
+
+@unreadable
+def test_checkpoints_that_are_no_readable_directory_are_an_error(make, reason, checkpoints):
+    checkpoints.parent.mkdir()
+    make(checkpoints)
+    with pytest.raises(CheckpointError) as caught:
+        layout.find_newest(checkpoints)
+    assert str(caught.value).startswith(f"{checkpoints}: {reason}, so whether the run has checkpoints is not known")
+
+
+def test_other_file_beside_the_checkpoints_is_not_judged(checkpoints):
+    path = save(checkpoints, 10)
+    (checkpoints / "iter_notes.txt").write_text("x")
+    assert layout.find_newest(checkpoints) == (path, ())
+
+
+@unreadable
+def test_resolve_of_a_run_whose_checkpoints_are_unreadable_says_why(make, reason, checkpoints):
+    checkpoints.parent.mkdir()
+    make(checkpoints)
+    with pytest.raises(CheckpointError) as caught:
+        layout.resolve(checkpoints.parent)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/iter_0000020"])
