@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import fit, layout, sharded, verify
+from megatron_ext.checkpoint import fit, layout, removal, sharded, verify
 from megatron_ext.checkpoint.buckets import bucket_padding_kept
 from megatron_ext.checkpoint.layout import CheckpointDescription
 from megatron_ext.checkpoint.sharded import Planned, WeightSum
@@ -229,7 +229,7 @@ class Checkpoints:
 
     def _remove_superfluous(self, newest: Path) -> None:
         settings, bad = self._config.checkpoint, self._damaged.keys() - {newest}
-        layout.remove_expired(self._directory, keep_last=settings.keep_last, keep_every=settings.keep_every, bad=bad)
+        removal.remove_expired(self._directory, keep_last=settings.keep_last, keep_every=settings.keep_every, bad=bad)
 
     def _publish(self, temporary: Path, save: _UnderWay, found: list[tuple[Written, WeightSum]]) -> Path:
         failed = [f"rank {rank}: {error}" for rank, (written, _) in enumerate(found) for error in written.errors]
@@ -271,7 +271,9 @@ class Checkpoints:
     # --- loading --------------------------------------------------------------------------------------------------
 
     def resume(self) -> Progress | None:
-        """Load the newest whole checkpoint of this run, if there is one. Every rank calls it.
+        """Load the newest whole checkpoint of this run, if there is one, and clear what dead starts left beside it.
+
+        Every rank calls it, while no save is under way.
 
         All files are read and compared with their digests first; a checkpoint that is damaged is passed over with a
         warning, and the next older one is tried.
@@ -279,8 +281,15 @@ class Checkpoints:
         Raises:
             CheckpointError: it does not fit this configuration or layout, or there are only damaged ones.
         """
+        with groups.together():
+            if self._place.rank == 0:
+                self._removing.result()  # where the run goes back: both would remove the same
+                removal.put_back_replaced(self._directory)
         path = verify.find_newest(self._directory, self._damaged, self._place)
-        return None if path is None else self._resume_from(path)
+        progress = None if path is None else self._resume_from(path)
+        if self._place.rank == 0:  # now that one is known to be good
+            removal.remove_leftovers(self._directory, path, start=self._start)
+        return progress
 
     def load_all(self, path: Path) -> Progress:
         """Load one checkpoint with its optimizer. Every rank calls it.

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.checkpoint import hf_convert, hf_llama, layout
+from megatron_ext.checkpoint import hf_convert, hf_llama, layout, removal
 from megatron_ext.checkpoint.hf_folder import HfReader
 from megatron_ext.checkpoint.save_load import Checkpoints, Progress
 from megatron_ext.config.tree import Config
@@ -42,6 +42,7 @@ def starting_state(config: Config, checkpoints: Checkpoints) -> TrainState:
 
 
 def _refuse_to_overwrite(checkpoints: Path) -> None:
+    removal.put_back_replaced(checkpoints)
     found = layout.find_newest(checkpoints)
     damaged = [one.path for one in found.rejected if layout.iteration_of(one.path) is not None]
     if held := found.path or next(iter(damaged), None):
@@ -49,6 +50,7 @@ def _refuse_to_overwrite(checkpoints: Path) -> None:
             f"{held}: the run directory already holds a checkpoint and checkpoint.resume is false; "
             "name another run_dir, or remove it."
         )
+    removal.remove_leftovers(checkpoints, None)
 
 
 def _weights(config: Config, source: Path) -> Path:

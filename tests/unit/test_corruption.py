@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint import layout, verify
+from megatron_ext.checkpoint import layout, removal, verify
 from megatron_ext.errors import CheckpointError
 
 FILES = ("__0_0.distcp", "__0_1.distcp", ".metadata", "metadata.json", "megapints.json")
@@ -201,5 +201,5 @@ def test_checkpoint_without_digests_is_taken_and_said_so_once(checkpoints, one_p
 
 
 def test_damaged_newest_does_not_make_the_whole_ones_expire(checkpoints):
-    removed = layout.remove_expired(checkpoints, keep_last=1, keep_every=None, bad={checkpoints / "iter_0000004"})
+    removed = removal.remove_expired(checkpoints, keep_last=1, keep_every=None, bad={checkpoints / "iter_0000004"})
     assert removed == [] and (checkpoints / "iter_0000002").is_dir()
