@@ -140,6 +140,7 @@ class Checkpoints:
         files = planned.shards.files
         if self._config.checkpoint.async_save:
             files = self._copied(files)
+            planned.shards.files = {}  # a gathered state must not lie beside its copy until this is published
         writing = Writing(path, files, weight_keys=planned.weight_keys)
         self._under_way = _UnderWay(progress, begin, planned, writing)
         self.last_saved = progress.iteration

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import re
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_ext.checkpoint import layout, sharded, writer
 from megatron_ext.checkpoint.save_load import Progress
@@ -182,6 +185,31 @@ def test_copy_of_the_state_reuses_its_memory(build):  # noqa: F811
     saved.save(SECOND)
     assert saved._staging._memory is memory
     saved.close()
+
+
+def test_gathered_state_is_given_back_once_it_is_copied(build, gate, monkeypatch):  # noqa: F811
+    saved = build(*BEHIND, "--checkpoint.optimizer_format", "fully_reshardable").trained().checkpoints
+    of_the_run = {storage._cdata for storage in _storages(gc.get_objects())}
+    plan, planned = sharded.SavePlanner.plan, []
+
+    def remembers(self, *args, **options):
+        found = plan(self, *args, **options)
+        tensors = [entry.data for entries in found.shards.files.values() for entry in entries]
+        made = [storage for storage in _storages(tensors) if storage._cdata not in of_the_run]
+        planned.append([StorageWeakRef(storage) for storage in made])
+        return found
+
+    monkeypatch.setattr(sharded.SavePlanner, "plan", remembers)
+    saved.save(FIRST)
+    assert planned[0] and all(storage.expired() for storage in planned[0])
+    gate.set()
+    saved.save(SECOND)  # by the plan that was kept
+    assert planned[1] and all(storage.expired() for storage in planned[1])
+    saved.close()
+
+
+def _storages(objects: Sequence[object]) -> list[torch.UntypedStorage]:
+    return [found.untyped_storage() for found in objects if issubclass(type(found), torch.Tensor)]
 
 
 # --- the checksum of the weights ------------------------------------------------------------------------------
