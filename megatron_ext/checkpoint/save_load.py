@@ -218,19 +218,27 @@ class Checkpoints:
         try:
             path = self._publish(temporary, save, found)
             _LOG.info("saved %s", path)
-            size = sum(file.stat().st_size for file in path.iterdir())
-        except (CheckpointError, OSError) as error:
+        # Whatever it is: raised on rank 0 alone, it would leave the others waiting.
+        except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk is the likeliest reason: give it back
             raise CheckpointError(
                 f"the checkpoint of iteration {iteration} could not be saved, and the run ends here rather than train "
                 f"on without: {_reason(error)} {self._what_is_left()}"
             ) from None
         self._removing = self._aside.submit(self._remove_superfluous, path)
+        size = 0
+        with layout.told(path, "its size cannot be read"):
+            size = sum(file.stat().st_size for file in path.iterdir())
         return size
 
     def _remove_superfluous(self, newest: Path) -> None:
         settings, bad = self._config.checkpoint, self._damaged.keys() - {newest}
-        removal.remove_expired(self._directory, keep_last=settings.keep_last, keep_every=settings.keep_every, bad=bad)
+        keep = {"keep_last": settings.keep_last, "keep_every": settings.keep_every}
+        try:
+            removal.remove_expired(self._directory, **keep, bad=bad)
+        # Whatever it is: the newer checkpoint is whole, so it is told, and no more.
+        except Exception as error:
+            _LOG.warning("expired checkpoints cannot be removed, and take up disk space: %s", _reason(error))
 
     def _publish(self, temporary: Path, save: _UnderWay, found: list[tuple[Written, WeightSum]]) -> Path:
         failed = [f"rank {rank}: {error}" for rank, (written, _) in enumerate(found) for error in written.errors]
@@ -244,7 +252,10 @@ class Checkpoints:
         return layout.publish(temporary, self._description(save.progress, weights=weights._asdict()), records)
 
     def _what_is_left(self) -> str:
-        newest = layout.find_newest(self._directory, self._damaged).path
+        try:
+            newest = layout.find_newest(self._directory, self._damaged).path
+        except Exception as error:  # it must not hide why the save failed
+            return f"Whether there is an older one could not be seen: {_reason(error)}"
         if newest is None:
             return "There is no older one. Mend that, and start again."
         return f"Older ones are untouched: mend that, start again, and the run goes on from {newest}."
@@ -412,7 +423,7 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}."
-    return str(error)
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}."
 
 
 def _adopt_rates(saved: Any, group: dict[str, Any]) -> None:
