@@ -348,7 +348,9 @@ class Checkpoints:
     def _refuse_damaged(self, path: Path) -> None:
         damage = verify.find_damage(path, self._place)
         if damage is not None:
-            raise CheckpointError(f"{path}: {damage}; take another checkpoint.")
+            refusal = CheckpointError(f"{path}: {damage}; take another checkpoint.")
+            refusal.everywhere = True  # all ranks have gathered the same
+            raise refusal
 
     def _load(self, path: Path, description: CheckpointDescription, *, weights_only: bool) -> None:
         metadata = sharded.state_metadata(description.optimizer_format or fit.UNSHARDED)
@@ -384,11 +386,13 @@ class Checkpoints:
         saved = WeightSum(tuple(description.weights["types"]), description.weights["sum"])
         found = sharded.sum_weights([self._chunk_state(chunk, metadata) for _, chunk in self._named_chunks()])
         if sharded.QUANTIZED not in found.types and found.types == saved.types and found.sum != saved.sum:
-            raise CheckpointError(
+            refusal = CheckpointError(
                 f"{path}: the weights that were loaded are not those that were saved (checksum {found.sum:08x}, "
                 f"not {saved.sum:08x}), though its files are as they were written; do not go on from it with this "
                 "software or on these devices."
             )
+            refusal.everywhere = True  # all ranks have added up the same
+            raise refusal
 
     # --- state ----------------------------------------------------------------------------------------------------
 
