@@ -96,7 +96,8 @@ def remove_leftovers(checkpoints: Path, newest: Path | None, *, start: str = "")
         newest: the run's newest whole checkpoint; None: it has none, and only unfinished ones go.
         start: whose unfinished checkpoints stay: what this start itself writes.
     """
-    gone, stuck = [], []
+    gone: list[str] = []
+    stuck: list[str] = []
     with layout.told(checkpoints, "cannot be cleared"):
         for path in sorted(checkpoints.iterdir() if checkpoints.is_dir() else ()):
             if _LEFT.match(path.name) and _is_superfluous(path, newest, start):
