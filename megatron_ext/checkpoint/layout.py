@@ -65,6 +65,12 @@ class CheckpointDescription:
     """Checksum of the weights (`sum`, of sharded.py) and their `types`; None where it was not taken."""
     recent_losses: tuple[float, ...] = ()
     """What the next loss is measured against, newest last; none where spikes were not looked for."""
+    unreported_updates: int = 0
+    """Updates since the last row of metrics; the next one says their mean loss. 0 where this was not kept."""
+    unreported_loss_sum: float = 0.0
+    """Of their losses."""
+    grad_norm: float = 0.0
+    """Of the newest update."""
 
 
 class Rejected(NamedTuple):

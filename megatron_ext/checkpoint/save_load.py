@@ -39,6 +39,12 @@ class Progress(NamedTuple):
     consumed_tokens: int
     recent_losses: tuple[float, ...] = ()
     """What the next loss is measured against, newest last."""
+    unreported_updates: int = 0
+    """Updates since the last row of metrics; the next one says their mean loss."""
+    unreported_loss_sum: float = 0.0
+    """Of their losses."""
+    grad_norm: float = 0.0
+    """Of the newest update."""
 
 
 class Published(NamedTuple):
@@ -322,12 +328,7 @@ class Checkpoints:
             for note in notes:
                 _LOG.warning("%s", note)
             _LOG.info("resumed from %s", path)
-        return Progress(
-            iteration=description.iteration,
-            consumed_samples=description.consumed_samples,
-            consumed_tokens=description.consumed_tokens,
-            recent_losses=tuple(description.recent_losses),
-        )
+        return Progress(**{name: getattr(description, name) for name in Progress._fields})
 
     def load_weights(self, path: Path) -> None:
         """Load only the weights of a checkpoint directory, of any layout. Every rank calls it.

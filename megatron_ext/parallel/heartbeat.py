@@ -133,7 +133,7 @@ class Heartbeat:
                     f"rank 0: no line came from rank {missing[0]} ({len(missing)} are missing) to TCP port "
                     f"{listener.getsockname()[1]} within {_CONNECT_SECONDS:.0f} s; open the ports between the nodes."
                 ) from None
-            hello = _read_hello(connection)
+            hello = _read_hello(connection, _HELLO_SECONDS)
             if hello is None or hello.pop("token", None) != token:  # a stranger
                 connection.close()
             else:
@@ -145,7 +145,8 @@ class Heartbeat:
         try:
             connection = socket.create_connection((address, port), timeout=_CONNECT_SECONDS)
             connection.sendall(json.dumps({**self._hello, "token": token}).encode() + b"\n")
-            hello = _read_hello(connection)
+            # Rank 0 answers one after another, and waits a little for each that says nothing.
+            hello = _read_hello(connection, _CONNECT_SECONDS)
         except OSError as error:
             hello, why = None, error.strerror or str(error)
         else:
@@ -231,8 +232,8 @@ def _listener(world_size: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=world_size)
 
 
-def _read_hello(connection: socket.socket) -> dict[str, Any] | None:
-    connection.settimeout(_HELLO_SECONDS)
+def _read_hello(connection: socket.socket, seconds: float) -> dict[str, Any] | None:
+    connection.settimeout(seconds)
     text = b""
     try:
         while not text.endswith(b"\n") and len(text) < 4096 and (chunk := connection.recv(1)):

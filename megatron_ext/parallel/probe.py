@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_ext.errors import LaunchError
+from megatron_ext.errors import LostRankError
 from megatron_ext.parallel import device, groups
 from megatron_ext.parallel.launch import Launch, expand_nodelist, recorded_environment
 
@@ -348,7 +348,7 @@ def _named(operation: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0]
-        raise LaunchError(
+        raise LostRankError(
             f"preflight: rank {dist.get_rank()} ({socket.gethostname()}): {operation} failed: {reason}; look at the "
             "link between these nodes, and at what the other ranks say."
         ) from None

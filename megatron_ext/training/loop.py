@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 from megatron_ext.checkpoint.save_load import Checkpoints
 from megatron_ext.config.tree import Config
 from megatron_ext.data.loader import Loader
-from megatron_ext.errors import MegapintsError, TrainingError
+from megatron_ext.errors import CheckpointError, MegapintsError, TrainingError
 from megatron_ext.training.bad_iterations import BadIterations
 from megatron_ext.training.evaluate import evaluate
 from megatron_ext.training.metrics import Metrics
@@ -20,6 +21,8 @@ from megatron_ext.training.step import Machine, gathered_parameters, train_step
 from megatron_ext.training.stop import Stop
 from megatron_ext.training.stragglers import Stragglers
 from megatron_ext.training.watchdog import Watchdog
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,9 +97,8 @@ def answer_fault(run: Run, state: TrainState, result: StepResult) -> Literal["go
             with gathered_parameters(run.machine):
                 progress = run.checkpoints.resume()
         bad = run.bad_iterations.record(state, result, back_to=progress)
-    except MegapintsError:
-        run.checkpoints.close()  # what was saved before is good, and may still be on its way to the disk
-        raise
+    except MegapintsError as error:
+        end_with(run, state, error)
     if progress is not None:
         state.go_to(progress)
     run.metrics.log_bad_iteration(state, bad)
@@ -113,12 +115,32 @@ def check_replicas(run: Run, state: TrainState) -> None:
     if found is None:
         return
     if found.difference is not None:
-        run.checkpoints.close()  # what was saved before may still be on its way to the disk
-        raise TrainingError(
+        finding = TrainingError(
             f"iteration {state.iteration}: the weights of replicas differ: {found.difference}. Memory, a device or a "
             "link there is faulty; leave that node out, and start again from the last checkpoint."
         )
+        end_with(run, state, finding)
     run.metrics.log_replicas(state, found.checksum)
+
+
+def end_with(run: Run, state: TrainState, finding: MegapintsError) -> NoReturn:
+    """End the run on what was found, once the save before it is whole: it is good, and may still be on its way.
+
+    The finding is told first: that save may take long, or fail for the same reason. Every rank calls it.
+
+    Raises:
+        MegapintsError: the finding, whatever becomes of the save.
+    """
+    first_rank = run.machine.place.rank == 0
+    if first_rank:
+        _LOG.error("%s", finding)
+    run.watchdog.note(state.iteration, "save")
+    try:
+        run.checkpoints.close()
+    except CheckpointError as error:
+        if first_rank:
+            _LOG.error("%s", error)
+    raise finding
 
 
 def finish(run: Run, state: TrainState, reason: str) -> None:
@@ -136,9 +158,16 @@ def finish(run: Run, state: TrainState, reason: str) -> None:
 
 
 def save(run: Run, state: TrainState) -> None:
-    """Write a checkpoint of this state, or begin to."""
+    """Write a checkpoint of this state, or begin to.
+
+    Raises:
+        MegapintsError: it cannot be written, or the record of the samples that it would cover; on every rank.
+    """
     run.watchdog.note(state.iteration, "save")
-    run.samples_log.flush()
+    try:
+        run.samples_log.flush()
+    except MegapintsError as error:
+        end_with(run, state, error)
     with gathered_parameters(run.machine):
         run.checkpoints.save(state.progress())
     run.metrics.restart_clock()
@@ -148,4 +177,5 @@ def save(run: Run, state: TrainState) -> None:
 def note_saved(run: Run, state: TrainState) -> None:
     """Let a save in the background come a step further, and note what is whole now."""
     for published in run.checkpoints.poll():
+        run.stop.note_saved(published.progress.iteration)
         run.metrics.log_checkpoint(state, published)

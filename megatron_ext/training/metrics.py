@@ -54,8 +54,7 @@ class Metrics:
         self._flops = flops_per_token(config.model, config.train.seq_length).total
         self._peak = config.log.peak_tflops or device.peak_bf16_tflops()
         self._since = self._last_iteration_end = 0.0
-        self._iterations = self._updates = self._tokens = 0
-        self._loss_sum = self._grad_norm = 0.0
+        self._iterations = self._tokens = 0
         self._stream: Any = None
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -102,38 +101,35 @@ class Metrics:
         self._last_iteration_end = time.perf_counter()
         self._iterations += 1
         if result.updated:
-            self._updates += 1
             self._tokens += result.tokens
-            self._loss_sum += result.loss
-            self._grad_norm = result.grad_norm
         if self._display is not None:
             self._display.update(self._task, completed=state.iteration, loss=f"{result.loss:.4f}")
 
     def log_train(self, state: TrainState, result: StepResult) -> None:
         """Report the iterations since the last report: their mean loss and speed, and the last one's rates.
 
-        Iterations that made no update have no share in the loss, nor in the tokens per second.
+        Iterations that made no update have no share in the loss, nor in the tokens per second. The loss is that of all
+        of them, also where the run was started again in between; the speed is that of this start's. Every rank calls
+        it, because the state that a checkpoint holds goes on to the next report.
         """
-        rates = self._rates()
-        updates, loss_sum, grad_norm = self._updates, self._loss_sum, self._grad_norm
+        rates, loss = self._rates(), state.take_mean_loss()
         self._reset()
         if not self._active:
             return
         last = self._config.train.exit_iters or self._config.train.train_iters
-        if not updates:
+        if loss is None:
             _LOG.info("iteration %d/%d | no update since the last report", state.iteration, last)
             return
-        loss = loss_sum / updates
         mfu = "" if rates.mfu is None else f" ({rates.mfu:.1%} MFU of {self._peak:g})"
         _LOG.info(
             "iteration %d/%d | loss %.4f | lr %.3e | grad norm %.3f | %.3g s/it | %s tokens/s | %s tokens/s/GPU | "
             "%.2f TFLOP/s%s | ETA %s",
-            state.iteration, last, loss, result.lr, grad_norm, rates.iteration_seconds,
+            state.iteration, last, loss, result.lr, state.grad_norm, rates.iteration_seconds,
             f"{rates.tokens_per_second:,.0f}", f"{rates.tokens_per_second_per_gpu:,.0f}", rates.tflops_per_gpu, mfu,
             _duration((last - state.iteration) * rates.iteration_seconds),
         )  # fmt: skip
         row = {
-            "kind": "train", "loss": loss, "lr": result.lr, "grad_norm": grad_norm,
+            "kind": "train", "loss": loss, "lr": result.lr, "grad_norm": state.grad_norm,
             "global_batch_size": result.samples, **rates._asdict(),
         }  # fmt: skip
         memory = device.peak_memory_gib()
@@ -159,7 +155,7 @@ class Metrics:
     def log_bad_iteration(self, state: TrainState, bad: BadIteration) -> None:
         """Note a bad iteration, and which samples are passed over; `state` is where the run goes on from."""
         if bad.policy == "rewind":
-            self._reset()  # what was counted since the last report is done again
+            self._reset()  # the time since the last report went into iterations that are done again
         if not self._active:
             return
         row = {
@@ -215,8 +211,7 @@ class Metrics:
         return Rates(seconds / self._iterations, tokens_per_second, per_gpu, tflops, mfu)
 
     def _reset(self) -> None:
-        self._iterations = self._updates = self._tokens = 0
-        self._loss_sum = 0.0
+        self._iterations = self._tokens = 0
         self._since = self._last_iteration_end = time.perf_counter()
 
     def restart_clock(self) -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from megatron_ext.durable import write_whole
 from megatron_ext.errors import CheckpointError, ConfigError, DataError, LaunchError, MegapintsError
@@ -29,6 +29,8 @@ _REFUSALS = (ConfigError, LaunchError, DataError, CheckpointError)
 _PLACE = ("iteration", "consumed_samples", "consumed_tokens")
 _TAIL_BYTES = 1 << 16
 _LONGEST_REASON = 500
+_FAILED, _BY_KEYBOARD = "failed", "interrupted by the keyboard"
+_ASKED_EARLY = "asked by SIGTERM before the first iteration"
 _NEXT_SENTENCE = re.compile(r"\.\s+(?=[A-Z])|\.$")
 
 
@@ -58,7 +60,7 @@ def find_restart(metrics: Path, *, iteration: int, job: Job, now: float) -> Rest
     for row in _rows(metrics):
         if row["kind"] == "start":
             starts, start = starts + 1, row
-        if row["iteration"] <= iteration:
+        if row["iteration"] <= iteration and not _is_failure(row):
             survived = row["time"]
         last = row
     if starts == 0:
@@ -71,6 +73,11 @@ def find_restart(metrics: Path, *, iteration: int, job: Job, now: float) -> Rest
         reason = UNKNOWN
     until = last["time"] if reason.startswith("finished") else now
     return Restart(starts, reason, max(0.0, until - survived), max(0, last["iteration"] - iteration))
+
+
+def _is_failure(row: dict[str, Any]) -> bool:
+    """Say whether this is the end of a start that saved nothing at it; its time may be long after the work's."""
+    return row["kind"] == "stop" and str(row.get("reason", "")).startswith((_FAILED, _BY_KEYBOARD, _ASKED_EARLY))
 
 
 def _rows(metrics: Path) -> Iterator[dict[str, Any]]:
@@ -111,7 +118,8 @@ def failure_noted(directory: Path, *, rank: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, _REFUSALS) and _size(metrics) == before:
-            _tell_batch_script(reason_of(error))
+            with contextlib.suppress(OSError):  # the refusal is what is to be told
+                tell_batch_script(reason_of(error), outcome="refused")
         else:
             note_stop(metrics, reason_of(error))
         raise
@@ -132,13 +140,13 @@ def _end_early(number: int, _: FrameType | None) -> None:
 def reason_of(error: BaseException) -> str:
     """Put what an error says first into one line, as the reason of a `stop` row; what to do stands where it is told."""
     if isinstance(error, EndedEarly):
-        return "asked by SIGTERM before the first iteration"
+        return _ASKED_EARLY
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted by the keyboard"
+        return _BY_KEYBOARD
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     first = _NEXT_SENTENCE.split(lines[0])[0] if lines else ""
     name = "" if isinstance(error, MegapintsError) and first else f"{type(error).__name__}: "
-    return f"failed: {name}{first}".rstrip(": ")[:_LONGEST_REASON]
+    return f"{_FAILED}: {name}{first}".rstrip(": ")[:_LONGEST_REASON]
 
 
 def note_stop(metrics: Path, reason: str) -> None:
@@ -147,7 +155,7 @@ def note_stop(metrics: Path, reason: str) -> None:
     A disk that takes no more is only warned of.
     """
     try:
-        _tell_batch_script(reason)
+        tell_batch_script(reason)
         end_cut_line(metrics)
         row = {"kind": "stop", "reason": reason, **_last_place(metrics), "time": time.time()}
         _LOG.info("stopped after iteration %d: %s", row["iteration"], reason)
@@ -159,13 +167,19 @@ def note_stop(metrics: Path, reason: str) -> None:
         _LOG.warning("%s: no row about this end could be written (%s)", metrics, error.strerror or error)
 
 
-def _tell_batch_script(reason: str) -> None:
-    """Turn the job's record into that of a failure: srun may wait for a task that the others cannot end."""
+def tell_batch_script(reason: str, *, outcome: Literal["failed", "refused"] = "failed") -> None:
+    """Turn the job's record into that of a failure: srun may wait for a task that the others cannot end.
+
+    A start that was `refused` would be refused again. Where rank 0 is gone, others call it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     record = find_job().record
     if record is not None:
         words = record.read_text().split() if record.exists() else []
-        first, last = words[1:3] if len(words) > 2 else ("-", "-")
-        write_whole(record, f"failed {first} {last} {reason}\n")
+        iterations = words[1:4] if len(words) > 3 else ["-"] * 3
+        write_whole(record, f"{outcome} {' '.join(iterations)} {reason}\n")
 
 
 def _last_place(metrics: Path) -> dict[str, int]:

@@ -20,6 +20,12 @@ class TrainState:
     """Likewise."""
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=0))
     """Losses of the newest iterations that made an update; as many as a spike is measured against."""
+    unreported_updates: int = 0
+    """Updates since the last row of metrics, which says their mean loss however often the run starts in between."""
+    unreported_loss_sum: float = 0.0
+    """Of their losses."""
+    grad_norm: float = 0.0
+    """Of the newest update."""
 
     @classmethod
     def from_progress(cls, progress: Progress, *, kept_losses: int = 0) -> TrainState:
@@ -30,7 +36,15 @@ class TrainState:
 
     def progress(self) -> Progress:
         """What a checkpoint of this state says."""
-        return Progress(self.iteration, self.consumed_samples, self.consumed_tokens, tuple(self.recent_losses))
+        return Progress(
+            iteration=self.iteration,
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.consumed_tokens,
+            recent_losses=tuple(self.recent_losses),
+            unreported_updates=self.unreported_updates,
+            unreported_loss_sum=self.unreported_loss_sum,
+            grad_norm=self.grad_norm,
+        )
 
     def go_to(self, progress: Progress) -> None:
         """Stand where a checkpoint stood."""
@@ -39,6 +53,9 @@ class TrainState:
         self.consumed_tokens = progress.consumed_tokens
         self.recent_losses.clear()
         self.recent_losses.extend(progress.recent_losses)
+        self.unreported_updates = progress.unreported_updates
+        self.unreported_loss_sum = progress.unreported_loss_sum
+        self.grad_norm = progress.grad_norm
 
     def advance(self, result: StepResult) -> None:
         """Count a finished iteration; one that made no update counts too, so that samples stay where they are."""
@@ -47,6 +64,15 @@ class TrainState:
         self.consumed_tokens += result.tokens
         if result.updated:
             self.recent_losses.append(result.loss)
+            self.unreported_updates += 1
+            self.unreported_loss_sum += result.loss
+            self.grad_norm = result.grad_norm
+
+    def take_mean_loss(self) -> float | None:
+        """Give the mean loss of the updates since the last call, and begin anew; None where there was none."""
+        updates, loss_sum = self.unreported_updates, self.unreported_loss_sum
+        self.unreported_updates, self.unreported_loss_sum = 0, 0.0
+        return loss_sum / updates if updates else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ class Stop:
         self._last_check: float | None = None
         self._record = job.record
         self._first: int | None = None
+        self._saved = 0
+        self._told: tuple[str, int, str] = ("running", 0, "")
         self._signal: int | None = None
         for number in _SIGNALS:
             signal.signal(number, self._remember)
@@ -63,18 +65,23 @@ class Stop:
         """Say why to stop before the next iteration, or None to go on. Every rank calls it.
 
         `save_seconds` is how long the last save took until it was whole, in the background or not. The first call and
-        the last also go into the job's record.
+        the last also go into the job's record, as do saves.
         """
         self._time_round()
         self._slowest_save = max(self._slowest_save, save_seconds or 0.0)
         reason = self._find(state)
         if self._first is None:
-            self._first = state.iteration
-            self._tell("running", state)
+            self._first = self._saved = state.iteration
+            self._tell("running", state.iteration)
         if reason is None:
             return None
-        self._tell(reason.outcome, state, reason.text)
+        self._tell(reason.outcome, state.iteration, reason.text)
         return reason.text
+
+    def note_saved(self, iteration: int) -> None:
+        """Write down that a checkpoint is whole: the job's next start begins there. Every rank may call it."""
+        self._saved = iteration
+        self._tell(*self._told)
 
     def _find(self, state: TrainState) -> Reason | None:
         if state.iteration >= self._last:
@@ -112,12 +119,13 @@ class Stop:
             self._slowest_round = max(self._slowest_round, now - self._last_check)
         self._last_check = now
 
-    def _tell(self, outcome: str, state: TrainState, why: str = "") -> None:
-        """Write one line for the batch script: outcome, iteration at the start, iteration now, why."""
+    def _tell(self, outcome: str, iteration: int, why: str = "") -> None:
+        """Write one line for the batch script: outcome, iteration at the start, of the newest checkpoint, now, why."""
+        self._told = outcome, iteration, why
         if self._record is None or groups.where_am_i().rank != 0:
             return
         try:
-            write_whole(self._record, f"{outcome} {self._first} {state.iteration} {why}".rstrip() + "\n")
+            write_whole(self._record, f"{outcome} {self._first} {self._saved} {iteration} {why}".rstrip() + "\n")
         except OSError as error:
             # No reason to lose what was trained: the job will only not be requeued.
             _LOG.warning("%s: cannot be written (%s); the job will not go on by itself", self._record, error.strerror)

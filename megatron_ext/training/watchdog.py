@@ -16,6 +16,7 @@ does not count.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -92,6 +93,7 @@ class Watchdog:
         """
         self._rank = place.rank
         self._speaks_for_rank_0 = place.rank == 1 and launch.local_rank != 0  # else the entry point does, at once
+        self._first_of_node = launch.local_rank == 0
         self._timeout = 60.0 * config.parallel.distributed_timeout_minutes
         self._directory = directory
         self._cuda = device.is_cuda()  # asked once: a driver that hangs may not answer later
@@ -143,9 +145,17 @@ class Watchdog:
         self._stop()
         place = f"iteration {iteration}" if phase == ITERATION else f"{phase} (iteration {iteration})"
         line += f"; rank {self._rank} ends in {place}. What was saved is good: start the run again."
-        if self._speaks_for_rank_0 and 0 in self._heartbeat.lost:
-            _LOG.error("%s", line)
+        if 0 in self._heartbeat.lost:
+            if self._speaks_for_rank_0:
+                _LOG.error("%s", line)
+            self._tell_batch_script(line)
         raise LostRankError(line) from None
+
+    def _tell_batch_script(self, line: str) -> None:
+        """Say what ended the run where rank 0 cannot: without a word srun may wait for the lost tasks for ever."""
+        if self._first_of_node:
+            with contextlib.suppress(OSError):
+                restarts.tell_batch_script(restarts.reason_of(LostRankError(line)))
 
     def _stop(self, why: str = "") -> None:
         self._stopped.set()
@@ -243,7 +253,12 @@ class Watchdog:
     def _judge_alone(self, heartbeat: Heartbeat) -> NoReturn:
         """Say what this rank knows, where rank 0 does not speak."""
         report = diagnose([_report(heartbeat.peers[0], heartbeat, silent=True), self._own_report(heartbeat)])
-        self._leave(lambda: self._write_report(report), report.verdict)
+
+        def write() -> None:
+            self._tell_batch_script(report.verdict)
+            self._write_report(report)
+
+        self._leave(write, report.verdict)
 
     def _own_report(self, heartbeat: Heartbeat) -> RankReport:
         word = self._word(alarm=True)

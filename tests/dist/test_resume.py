@@ -75,6 +75,18 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(layout, asynchronous, 
     assert not differing
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "pp2"])
+def test_rows_of_a_run_that_stopped_between_two_are_those_of_an_undisturbed_one(layout, trainer):
+    ranks, overrides = LAYOUTS[layout]
+    overrides = (*overrides, *TWENTY, "--log.interval", "10", "--train.eval_interval", "100")
+    straight = trainer.train("straight", *overrides, ranks=ranks)
+    trainer.train("parted", *overrides, "--train.exit_iters", "17", ranks=ranks)
+    parted = trainer.train("parted", *overrides, ranks=ranks)
+    assert "continuing after iteration 17 of 20" in parted.output
+    assert metrics(parted) == metrics(straight) and [row["iteration"] for row in straight.rows()] == [10, 20]
+
+
 @pytest.fixture(scope="module")
 def saved_on_eight(module_trainer):
     """Ten iterations at TP2 x PP2 x DP2, and twenty straight in one process to compare with."""

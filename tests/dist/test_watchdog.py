@@ -46,8 +46,8 @@ class Ended:
         return [row for row in rows if row["kind"] == kind]
 
 
-def start(trainer: Trainer, *arguments: str) -> list[subprocess.Popen]:
-    """Start two ranks as torchrun would, but without it, so that nothing else ends them."""
+def start(trainer: Trainer, *arguments: str, **variables: str) -> list[subprocess.Popen]:
+    """Start two ranks as torchrun would, but without it, so that nothing else ends them; each with more variables."""
     port = str(free_port())
     return [
         subprocess.Popen(
@@ -56,7 +56,7 @@ def start(trainer: Trainer, *arguments: str) -> list[subprocess.Popen]:
             env=child_environment() | {
                 "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            },
+            } | variables,
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -77,10 +77,10 @@ def finish(trainer: Trainer, ranks: list[subprocess.Popen], *, frozen: int | Non
     return Ended(codes, [outputs[number] for number in range(len(ranks))], trainer.work / "run")
 
 
-def run_with_fault(trainer: Trainer, fault: str, rank: int, *overrides: str) -> Ended:
+def run_with_fault(trainer: Trainer, fault: str, rank: int, *overrides: str, **variables: str) -> Ended:
     """Train on two ranks, one of them with a fault at iteration 4."""
     config = str(trainer.config("run"))
-    ranks = start(trainer, PLANTED, fault, str(rank), "4", config, *BASIC, *overrides)
+    ranks = start(trainer, PLANTED, fault, str(rank), "4", config, *BASIC, *overrides, **variables)
     return finish(trainer, ranks, frozen=rank if fault == "be_stopped" else None)
 
 
@@ -144,6 +144,16 @@ def test_survivor_of_a_dead_rank_says_so_in_one_line(dead, trainer):
     assert any(f"rank {dead} (" in line and "its process ended without a word" in line for line in said)
     assert any("iteration 4" in line for line in said)
     assert "Traceback" not in ended.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["die", "be_stopped"])
+def test_other_node_tells_the_batch_script_of_a_rank_0_that_cannot(fault, trainer):
+    record = trainer.work / "record"
+    each_on_a_node = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MEGAPINTS_JOB_RECORD": str(record)}
+    ended = run_with_fault(trainer, fault, 0, *LONG, **each_on_a_node)
+    assert ended.codes[1] > 0, ended.output
+    assert record.read_text().startswith("failed 0 0 0 failed: rank 0 (")
 
 
 @pytest.mark.slow

@@ -206,7 +206,7 @@ def test_signal_to_the_batch_script_alone_reaches_the_tasks(name, slurm, module_
     python.write_text(
         "#!/bin/bash\n"
         '[ -z "$SLURM_RESTART_COUNT" ] || exit 0\n'
-        "trap 'echo stopped 0 5 asked by SIGUSR1 >$MEGAPINTS_JOB_RECORD; kill $!; exit 0' USR1\n"
+        "trap 'echo stopped 0 5 5 asked by SIGUSR1 >$MEGAPINTS_JOB_RECORD; kill $!; exit 0' USR1\n"
         f"sleep 200 & touch {shlex.quote(str(up))}; wait\n"
     )
     python.chmod(0o755)
@@ -223,13 +223,15 @@ def test_cancelled_run_does_not_come_back(slurm, module_trainer):
     slurm.wait_until(lambda: bool(run.rows()), log=run.log)
     assert slurm.run("scancel", run.number).returncode == 0
     job = slurm.finish(run.number, log=run.log)
-    (ROOT / "runs" / f".job-{run.number}").unlink(missing_ok=True)  # the last word of a rank that outlived the script
+    (ROOT / "runs" / f".job-{run.number}.start-0").unlink(
+        missing_ok=True
+    )  # the last word of a rank that outlived the script
     assert (job.state, job.restarts) == ("CANCELLED", 0)
 
 
 def test_stopped_run_that_may_not_be_requeued_fails(slurm, module_trainer):
     python = module_trainer.work / "stopping_python"
-    python.write_text('#!/bin/sh\necho "stopped 0 5 asked by SIGTERM" >"$MEGAPINTS_JOB_RECORD"\n')
+    python.write_text('#!/bin/sh\necho "stopped 0 5 5 asked by SIGTERM" >"$MEGAPINTS_JOB_RECORD"\n')
     python.chmod(0o755)
     log = module_trainer.work / "stopping.log"
     job = slurm.submit("--no-requeue", SCRIPT, "a.toml", log=log, MEGAPINTS_PYTHON=str(python))
@@ -238,7 +240,7 @@ def test_stopped_run_that_may_not_be_requeued_fails(slurm, module_trainer):
 
 def test_run_that_fails_twice_from_the_same_iteration_is_given_up(slurm, module_trainer):
     python = module_trainer.work / "failing_python"
-    python.write_text('#!/bin/sh\necho "running 20 20" >"$MEGAPINTS_JOB_RECORD"\nexit 9\n')
+    python.write_text('#!/bin/sh\necho "running 20 20 20" >"$MEGAPINTS_JOB_RECORD"\nexit 9\n')
     python.chmod(0o755)
     job = slurm.submit(SCRIPT, "a.toml", log=module_trainer.work / "failing.log", MEGAPINTS_PYTHON=str(python))
     assert (job.state, job.exit_code, job.restarts) == ("FAILED", "9:0", 1), job.log

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 import time
 
 import pytest
 
+from megatron_ext.parallel import heartbeat
 from megatron_ext.parallel.heartbeat import GONE_WITHOUT_A_WORD, Heartbeat
 
 
@@ -100,3 +102,18 @@ def test_words_that_come_in_pieces_are_put_together(three):
         line.send(piece)
         three[0].poll()
     assert json.loads(three[0].peers[1].word) == {"iteration": 7}
+
+
+def test_rank_is_let_in_though_strangers_come_first_and_say_nothing(monkeypatch):
+    monkeypatch.setattr(heartbeat, "_HELLO_SECONDS", 0.3)
+    zero, one = (Heartbeat(rank=rank, world_size=2, node=f"n{rank}", pid=100 + rank) for rank in (0, 1))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        strangers = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        accepting = threading.Thread(target=zero._accept, args=(listener, "token"))
+        accepting.start()
+        one._reach("127.0.0.1", port, "token")
+        accepting.join()
+    assert (list(zero.peers), list(one.peers)) == ([1], [0])
+    for line in (*strangers, zero, one):
+        line.close()

@@ -89,11 +89,19 @@ def test_recent_losses_are_read_bit_for_bit(checkpoints):
     assert layout.read_description(path).recent_losses == losses
 
 
+def test_sums_of_the_next_row_are_read_bit_for_bit(checkpoints):
+    sums = {"unreported_updates": 3, "unreported_loss_sum": 0.1 + 0.2 + 1 / 3, "grad_norm": 2 / 3}
+    path = layout.publish(write(checkpoints, 10), replace(description(), **sums))
+    found = layout.read_description(path)
+    assert {name: getattr(found, name) for name in sums} == sums
+
+
 def test_description_from_before_losses_were_kept_has_none(checkpoints):
     path = save(checkpoints, 10) / layout.DESCRIPTION
     body = json.loads(path.read_text())
-    older = ("format", "files", *vars(description()))  # neither digests nor losses
-    path.write_text(json.dumps({name: body[name] for name in older if name != "recent_losses"}))
+    losses = {"recent_losses", "unreported_updates", "unreported_loss_sum", "grad_norm"}
+    older = {"format", "files", *vars(description())} - losses  # and without digests
+    path.write_text(json.dumps({name: body[name] for name in older}))
     assert layout.read_description(path.parent) == description(10)
 
 

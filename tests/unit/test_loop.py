@@ -123,10 +123,10 @@ def _kill() -> None:
 def reference(start, tmp_path) -> Callable[..., Trained]:
     """A run without faults that has been told by hand which samples to pass over."""
 
-    def train(*spans: dict[str, Any], iterations: int = 12) -> Trained:
+    def train(*spans: dict[str, Any], iterations: int = 12, overrides: tuple[str, ...] = ()) -> Trained:
         (tmp_path / "reference").mkdir()
         (tmp_path / "reference" / "skipped.json").write_text(json.dumps({"format": 1, "bad_iterations": spans}))
-        return start(NO_FAULT, name="reference", iterations=iterations)
+        return start(NO_FAULT, *overrides, name="reference", iterations=iterations)
 
     return train
 
@@ -258,6 +258,13 @@ def test_rewind_twice_to_the_same_checkpoint_passes_both_spans_over(start, refer
     assert run.metrics() == expected.metrics() and [bad["iteration"] for bad in run.record()] == [7, 10]
 
 
+def test_rewind_between_reports_leaves_no_trace_in_the_next(start, reference):
+    # The checkpoint of iteration 5 lies between the rows of 4 and 8.
+    every = ("--log.interval", "4")
+    rewound, expected = start(NAN_IN_7, *REWIND, *every).metrics(), reference(PASSED_OVER_7, overrides=every).metrics()
+    assert rewound == expected and list(expected) == [4, 8, 12]
+
+
 def test_rewind_takes_back_the_losses_that_a_spike_is_measured_against(start):
     # Iterations 16 and 17 are done again: were their losses kept, the window would be another.
     faults = {"spike": [130], "nan": [140]}
@@ -268,6 +275,22 @@ def test_rewind_takes_back_the_losses_that_a_spike_is_measured_against(start):
 
 
 # --- restarts -------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_run_that_stopped_between_two_are_those_of_an_undisturbed_one(start):
+    every = ("--log.interval", "5")
+    straight = start(NO_FAULT, *every, name="straight")
+    for last in ("7", "8"):
+        start(NO_FAULT, *every, "--train.exit_iters", last)
+    assert start(NO_FAULT, *every).metrics() == straight.metrics()
+    assert list(straight.metrics()) == [5, 10]
+
+
+def test_iterations_after_the_last_row_are_in_the_next_when_the_run_is_continued(start):
+    every = ("--log.interval", "5")
+    straight = start(NO_FAULT, *every, name="straight", iterations=15)
+    start(NO_FAULT, *every, iterations=12)
+    assert start(NO_FAULT, *every, iterations=15).metrics() == straight.metrics()
 
 
 @pytest.mark.parametrize("die", ["before record", "after record"])

@@ -144,6 +144,15 @@ def test_training_row_after_an_iteration_without_an_update_has_the_norm_of_the_l
     assert run.log()["grad_norm"] == 0.5
 
 
+def test_training_row_after_a_restart_counts_the_updates_before_it(start):
+    first, second = start(), start()
+    first.iterate(loss=3.0, grad_norm=0.25)
+    second.state.go_to(first.state.progress())
+    second.iterate(loss=math.nan, updated=False)
+    row = second.log()
+    assert (row["loss"], row["grad_norm"], row["tokens_per_second"]) == (3.0, 0.25, 0.0)
+
+
 def test_iterations_that_all_made_no_update_have_no_training_row(start):
     run = start()
     run.iterate(loss=math.nan, updated=False)
@@ -162,7 +171,9 @@ def test_bad_iteration_has_a_row_with_its_samples(policy, start):
 
 def test_rewind_takes_back_what_was_counted(start):
     run = start()
+    begun = run.state.progress()
     run.iterate(loss=9.0)
+    run.state.go_to(begun)
     run.metrics.log_bad_iteration(run.state, bad_iteration("rewind"))
     run.iterate(loss=3.0)
     assert run.log()["loss"] == 3.0

@@ -84,6 +84,13 @@ def test_lost_time_of_a_run_that_saved_last_is_that_since_it_stopped(metrics):
     assert (restart.lost_seconds, restart.redone_iterations) == (NOW - 1095.0, 0)
 
 
+@pytest.mark.parametrize("reason", ["failed: rank 1 is gone", "asked by SIGTERM before the first iteration"])
+def test_start_that_failed_in_between_is_lost_time_too(reason, metrics):
+    orderly = row("stop", 8, 1081.0, reason="asked by SIGTERM")
+    restart = find(metrics(*SESSION, orderly, row("stop", 8, 4000.0, reason=reason)), 8)
+    assert (restart.reason, restart.lost_seconds) == (reason, NOW - 1081.0)
+
+
 def test_run_that_had_finished_has_lost_nothing(metrics):
     assert find(metrics(*SESSION, row("stop", 8, 1081.0, reason="finished: 8 iterations")), 8).lost_seconds == 0.0
 
@@ -183,7 +190,11 @@ def test_row_that_cannot_be_written_hides_no_error(tmp_path, caplog):
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("running 20 20\n", "failed 20 20"), ("stopped 20 37 asked by SIGTERM\n", "failed 20 37"), (None, "failed - -")],
+    [
+        ("running 20 30 20\n", "failed 20 30 20"),
+        ("stopped 20 30 37 asked by SIGTERM\n", "failed 20 30 37"),
+        (None, "failed - - -"),
+    ],
 )
 def test_failure_is_told_to_the_batch_script_with_the_iterations_that_it_knew(before, after, tmp_path, monkeypatch):
     record = tmp_path / "record"
@@ -192,6 +203,18 @@ def test_failure_is_told_to_the_batch_script_with_the_iterations_that_it_knew(be
     monkeypatch.setenv("MEGAPINTS_JOB_RECORD", str(record))
     fail(tmp_path, TrainingError("no disk"))
     assert record.read_text() == f"{after} failed: no disk\n"
+
+
+def test_refusal_is_told_to_the_batch_script_as_one(tmp_path, monkeypatch):
+    record = tmp_path / "record"
+    monkeypatch.setenv("MEGAPINTS_JOB_RECORD", str(record))
+    fail(tmp_path, CheckpointError("of another model"))
+    assert record.read_text() == "refused - - - failed: of another model\n"
+
+
+def test_record_that_cannot_be_written_hides_no_refusal(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGAPINTS_JOB_RECORD", str(tmp_path / "missing" / "record"))
+    fail(tmp_path, CheckpointError("of another model"))
 
 
 @pytest.mark.parametrize(

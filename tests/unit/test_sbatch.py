@@ -30,7 +30,9 @@ PYXIS = {"MEGAPINTS_CONTAINER": "nvcr.io#nvidia/pytorch:25.06-py3", "MEGAPINTS_M
 APPTAINER = {"MEGAPINTS_RUNTIME": "apptainer", "MEGAPINTS_CONTAINER": "/images/megapints.sif"}
 
 # What the ranks of `--train.train_iters 5` get, by hand: 12000 + 17 x 101 mod 20000 is the port, 96 / 8 the cores.
-ENVIRONMENT = "env MASTER_ADDR=n1 MASTER_PORT=13717 NCCL_DEBUG=WARN MEGAPINTS_JOB_RECORD={checkout}/runs/.job-17 "
+ENVIRONMENT = (
+    "env MASTER_ADDR=n1 MASTER_PORT=13717 NCCL_DEBUG=WARN MEGAPINTS_JOB_RECORD={checkout}/runs/.job-17.start-0 "
+)
 FIXED = "--kill-on-bad-exit=1 --label --export=ALL "
 TRAINING = "pretrain_pints.py a\\ b.toml --train.train_iters 5"
 LAUNCH_LINES = {
@@ -117,8 +119,12 @@ STUBS = {
         exit ${SRUN_STATUS:-0}""",
     "scontrol": """
         echo "$@" >>"$CALLS/scontrol"
-        [ "$1" = show ] && printf "n1\\nn2\\n" || exit ${REQUEUE_STATUS:-0}""",
+        [ "$1" = show ] && printf "n1\\nn2\\n" && exit
+        [ "$(grep -c requeue "$CALLS/scontrol")" -gt "${REQUEUE_FAILS:-0}" ] || exit 1
+        exit ${REQUEUE_STATUS:-0}""",
     "squeue": """
+        echo "$@" >>"$CALLS/squeue"
+        [ "$(wc -l <"$CALLS/squeue")" -gt "${SQUEUE_FAILS:-0}" ] || exit 1
         case "$*" in
         *%e*) echo "${JOB_END:-NONE}" ;;
         *) echo "${JOB_STATE:-RUNNING}" ;;
@@ -289,6 +295,21 @@ def test_end_of_the_job_that_slurm_does_not_set_is_asked_of_squeue(checkout):
     assert task_environment(checkout)["SLURM_JOB_END_TIME"] == "1767323045"
 
 
+def test_end_of_the_job_is_asked_again_where_squeue_does_not_answer(checkout):
+    done = submit(checkout, "a.toml", JOB_END="2026-01-02T03:04:05", SQUEUE_FAILS="2")
+    assert task_environment(checkout)["SLURM_JOB_END_TIME"] == "1767323045"
+    assert "warning" not in done.stderr
+
+
+def test_array_task_asks_for_itself_alone(checkout):
+    submit(
+        checkout, "a.toml", RECORD="stopped 0 12 12 asked by SIGTERM",
+        SLURM_ARRAY_JOB_ID="15", SLURM_ARRAY_TASK_ID="2",
+    )  # fmt: skip
+    assert "requeue 15_2" in (checkout / "calls" / "scontrol").read_text().splitlines()
+    assert all("--jobs=15_2" in line for line in (checkout / "calls" / "squeue").read_text().splitlines())
+
+
 def test_job_without_a_limit_has_no_end(checkout):
     submit(checkout, "a.toml", JOB_END="NONE")
     assert "SLURM_JOB_END_TIME" not in task_environment(checkout)
@@ -298,62 +319,102 @@ def test_job_without_a_limit_has_no_end(checkout):
 
 
 def test_finished_run_is_not_requeued(checkout):
-    done = submit(checkout, "a.toml", RECORD="finished 0 40 finished: 40 iterations")
+    done = submit(checkout, "a.toml", RECORD="finished 0 40 40 finished: 40 iterations")
     assert (done.returncode, requeues(checkout)) == (0, 0)
     assert not list((checkout / "runs").iterdir())
 
 
 def test_stopped_run_is_requeued(checkout):
-    done = submit(checkout, "a.toml", RECORD="stopped 0 12 asked by SIGTERM")
+    done = submit(checkout, "a.toml", RECORD="stopped 0 12 12 asked by SIGTERM")
     assert (done.returncode, requeues(checkout)) == (0, 1)
     assert "stopped at iteration 12 (asked by SIGTERM); requeueing" in done.stdout
 
 
 def test_stopped_run_that_may_not_be_requeued_fails_and_says_how_to_go_on(checkout):
-    done = submit(checkout, "a.toml", RECORD="stopped 0 12 asked by SIGTERM", REQUEUE_STATUS="1")
+    done = submit(checkout, "a.toml", RECORD="stopped 0 12 12 asked by SIGTERM", REQUEUE_STATUS="1")
     assert done.returncode == 1
     assert "not requeued" in done.stdout and "the same sbatch command goes on" in done.stdout
 
 
+def test_stopped_run_is_requeued_though_slurm_does_not_answer_at_once(checkout):
+    variables = {"SLURM_JOB_END_TIME": str(int(time.time()) + 9), "SQUEUE_FAILS": "2", "REQUEUE_FAILS": "1"}
+    done = submit(checkout, "a.toml", RECORD="stopped 0 12 12 the job ends in 9 s", **variables)
+    assert (done.returncode, requeues(checkout)) == (0, 2)  # the second one was taken
+
+
+def test_stopped_run_is_requeued_though_squeue_never_answers(checkout):
+    script = checkout / "slurm" / PRETRAIN
+    script.write_text((ROOT / "slurm" / PRETRAIN).read_text().replace("in 1 2 4 8 15 30 0", "in 0.1 0"))
+    variables = {"SLURM_JOB_END_TIME": str(int(time.time()) + 99), "SQUEUE_FAILS": "99"}
+    done = subprocess.run(
+        ["bash", str(script), "a.toml"], cwd="/", capture_output=True, text=True, timeout=60,
+        env=job_environment(checkout, RECORD="stopped 0 12 12 the job ends in 9 s", **variables),
+    )  # fmt: skip
+    assert (done.returncode, requeues(checkout)) == (0, 1), done.stdout
+
+
 def test_stops_with_progress_are_requeued_again_and_again(checkout):
     for first in range(0, 50, 10):
-        submit(checkout, "a.toml", RECORD=f"stopped {first} {first + 10} the job ends in 9 s")
+        submit(checkout, "a.toml", RECORD=f"stopped {first} {first + 10} {first + 10} the job ends in 9 s")
     assert requeues(checkout) == 5
 
 
 def test_run_that_failed_is_requeued_once(checkout):
-    done = submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
+    done = submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="9")
     assert (done.returncode, requeues(checkout)) == (0, 1)
 
 
 def test_run_that_fails_twice_from_the_same_iteration_is_given_up(checkout):
-    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
-    done = submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
+    submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="9")
+    done = submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="9")
     assert (done.returncode, requeues(checkout)) == (9, 1)
     assert "failed (srun: exit 9) after a start from iteration 20, for the second time; not requeued" in done.stdout
 
 
+def test_failures_between_which_the_run_saved_are_not_the_same_one_twice(checkout):
+    submit(checkout, "a.toml", RECORD="running 0 0 0", SRUN_STATUS="9")
+    done = submit(checkout, "a.toml", RECORD="running 0 2000 0", SRUN_STATUS="9")
+    assert requeues(checkout) == 2
+    assert "after a start from iteration 0 and a checkpoint of iteration 2000; requeueing" in done.stdout
+    done = submit(checkout, "a.toml", RECORD="running 2000 2000 2000", SRUN_STATUS="9")
+    assert (done.returncode, requeues(checkout)) == (9, 2)
+
+
 def test_run_that_fails_further_on_is_requeued(checkout):
-    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
-    submit(checkout, "a.toml", RECORD="running 30 30", SRUN_STATUS="9")
+    submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="9")
+    submit(checkout, "a.toml", RECORD="running 30 30 30", SRUN_STATUS="9")
     assert requeues(checkout) == 2
 
 
 def test_stop_with_progress_forgives_an_earlier_failure(checkout):
-    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
-    submit(checkout, "a.toml", RECORD="stopped 20 30 asked by SIGUSR1")
-    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="9")
+    submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="9")
+    submit(checkout, "a.toml", RECORD="stopped 20 30 30 asked by SIGUSR1")
+    submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="9")
     assert requeues(checkout) == 3
 
 
 def test_run_that_stops_twice_where_it_started_is_given_up(checkout):
-    submit(checkout, "a.toml", RECORD="stopped 20 20 the job ends in 0 s")
-    done = submit(checkout, "a.toml", RECORD="stopped 20 20 the job ends in 0 s")
+    submit(checkout, "a.toml", RECORD="stopped 20 20 20 the job ends in 0 s")
+    done = submit(checkout, "a.toml", RECORD="stopped 20 20 20 the job ends in 0 s")
     assert (done.returncode, requeues(checkout)) == (1, 1)
 
 
+def test_run_that_is_asked_to_stop_where_it_started_is_requeued_each_time(checkout):
+    for _ in range(3):
+        done = submit(checkout, "a.toml", RECORD="stopped 20 20 20 asked by SIGTERM")
+    assert (done.returncode, requeues(checkout)) == (0, 3)
+
+
+@pytest.mark.parametrize("record", ["", "failed - - - asked by SIGTERM before the first iteration"])
+def test_start_that_a_signal_meets_is_requeued_once(record, checkout):
+    # Preemption with a time of grace: the job still runs, and Slurm does not start it again by itself.
+    for restart in ("0", "1"):
+        done = submit(checkout, "a.toml", RECORD=record, SRUN_STATUS="143", SLURM_RESTART_COUNT=restart)
+    assert (done.returncode, requeues(checkout)) == (143, 1)
+
+
 def test_run_whose_last_save_failed_counts_as_failed(checkout):
-    done = submit(checkout, "a.toml", RECORD="stopped 20 30 asked by SIGTERM", SRUN_STATUS="2")
+    done = submit(checkout, "a.toml", RECORD="stopped 20 30 30 asked by SIGTERM", SRUN_STATUS="2")
     assert requeues(checkout) == 1
     assert "failed (srun: exit 2) after a start from iteration 20" in done.stdout
 
@@ -365,7 +426,7 @@ def test_run_that_never_began_is_not_requeued(checkout):
 
 def test_record_of_an_earlier_start_is_not_taken_for_this_one(checkout):
     (checkout / "runs").mkdir()
-    (checkout / "runs" / ".job-17").write_text("stopped 0 12 asked by SIGTERM\n")
+    (checkout / "runs" / ".job-17.start-0").write_text("stopped 0 12 12 asked by SIGTERM\n")
     submit(checkout, "a.toml", SRUN_STATUS="2")
     assert requeues(checkout) == 0
 
@@ -378,14 +439,14 @@ def test_restarted_run_that_never_began_is_requeued_once(checkout):
 
 
 def test_failure_before_the_first_iteration_that_the_run_told_of_is_one_too(checkout):
-    done = submit(checkout, "a.toml", RECORD="failed - - failed: no disk", SRUN_STATUS="1")
+    done = submit(checkout, "a.toml", RECORD="failed - - - failed: no disk", SRUN_STATUS="1")
     assert (done.returncode, requeues(checkout)) == (1, 0)
     assert "before the first iteration; not requeued" in done.stdout
 
 
 def test_failure_that_the_run_told_of_counts_from_where_it_started(checkout):
     for _ in range(2):
-        done = submit(checkout, "a.toml", RECORD="failed 20 37 failed: no disk", SRUN_STATUS="2")
+        done = submit(checkout, "a.toml", RECORD="failed 20 20 37 failed: no disk", SRUN_STATUS="2")
     assert (done.returncode, requeues(checkout)) == (2, 1)
     assert "after a start from iteration 20, for the second time" in done.stdout
 
@@ -395,7 +456,7 @@ def test_srun_that_does_not_end_after_a_failure_is_killed(checkout):
     script = checkout / "slurm" / PRETRAIN
     fast = (ROOT / "slurm" / PRETRAIN).read_text().replace("pause 5\n", "pause 0.1\n").replace("pause 60", "pause 1")
     script.write_text(fast)
-    variables = {"RECORD": "failed 20 37 failed: no disk", "SRUN_RUNS": "read -r _ <> <(:)"}
+    variables = {"RECORD": "failed 20 20 37 failed: no disk", "SRUN_RUNS": "read -r _ <> <(:)"}
     done = subprocess.run(
         ["bash", str(script), "a.toml"], env=job_environment(checkout, **variables), cwd="/",
         capture_output=True, text=True, timeout=60,
@@ -405,22 +466,38 @@ def test_srun_that_does_not_end_after_a_failure_is_killed(checkout):
     assert requeues(checkout) == 1
 
 
-def test_restarted_run_that_is_refused_is_not_requeued(checkout):
-    done = submit(checkout, "a.toml", SRUN_STATUS="2", SLURM_RESTART_COUNT="3")
+@pytest.mark.parametrize("record", ["", "refused - - - failed: of another model"])
+def test_restarted_run_that_is_refused_is_not_requeued(record, checkout):
+    done = submit(checkout, "a.toml", RECORD=record, SRUN_STATUS="2", SLURM_RESTART_COUNT="3")
     assert (done.returncode, requeues(checkout)) == (2, 0)
+
+
+def test_restarted_run_that_lost_a_rank_at_its_start_is_requeued_once(checkout):
+    # The ranks that are left end with the exit code of a refusal.
+    record = "failed - - - failed: rank 1 (n2, pid 5) is gone"
+    for restart in ("3", "4"):
+        done = submit(checkout, "a.toml", RECORD=record, SRUN_STATUS="2", SLURM_RESTART_COUNT=restart)
+    assert (done.returncode, requeues(checkout)) == (2, 1)
+
+
+def test_signal_while_the_requeue_is_decided_does_not_end_the_script(checkout):
+    squeue = checkout / "bin" / "squeue"
+    squeue.write_text(squeue.read_text().replace("case ", "[[ $* != *%T* ]] || kill -TERM $PPID\ncase ", 1))
+    done = submit(checkout, "a.toml", RECORD="stopped 0 12 12 asked by SIGTERM")
+    assert (done.returncode, requeues(checkout)) == (0, 1)
 
 
 def test_run_that_cannot_leave_word_of_its_failure_is_not_requeued(checkout):
     (checkout / "runs" / ".job-17.failed.new").mkdir(parents=True)  # as on a full disk
-    done = submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="2")
+    done = submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="2")
     assert (done.returncode, requeues(checkout)) == (2, 0)
     assert "not requeued: " in done.stdout and "cannot be written" in done.stdout
 
 
 @pytest.mark.parametrize(("status", "how"), [("137", "signal KILL"), ("9", "exit 9"), ("255", "exit 255")])
 def test_start_after_a_failure_is_told_what_it_was(status, how, checkout):
-    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS=status)
-    submit(checkout, "a.toml", RECORD="finished 20 40", SLURM_RESTART_COUNT="1")
+    submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS=status)
+    submit(checkout, "a.toml", RECORD="finished 20 40 40", SLURM_RESTART_COUNT="1")
     assert task_environment(checkout)["MEGAPINTS_PREVIOUS_END"] == f"srun ended with {how}"
 
 
@@ -431,30 +508,35 @@ def test_first_start_of_a_job_is_told_of_no_other(checkout):
 
 def test_start_after_one_whose_batch_script_was_killed_is_told_so(checkout):
     (checkout / "runs").mkdir()
-    (checkout / "runs" / ".job-17").write_text("running 20 20\n")
+    (checkout / "runs" / ".job-17.start-0").write_text("running 20 20 20\n")
     submit(checkout, "a.toml", SLURM_RESTART_COUNT="1")
     previous = task_environment(checkout)["MEGAPINTS_PREVIOUS_END"]
     assert previous == "Slurm killed the job, or lost the node of the batch script"
 
 
 def test_start_after_one_that_slurm_ended_is_told_so_though_an_earlier_one_had_failed(checkout):
-    submit(checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="1")
+    submit(checkout, "a.toml", RECORD="running 20 20 20", SRUN_STATUS="1")
     submit(
-        checkout, "a.toml", RECORD="running 20 20", SRUN_STATUS="143", SLURM_RESTART_COUNT="1", JOB_STATE="COMPLETING"
+        checkout,
+        "a.toml",
+        RECORD="running 20 20 20",
+        SRUN_STATUS="143",
+        SLURM_RESTART_COUNT="1",
+        JOB_STATE="COMPLETING",
     )
     submit(checkout, "a.toml", SLURM_RESTART_COUNT="2")
     assert task_environment(checkout)["MEGAPINTS_PREVIOUS_END"].startswith("Slurm ended the job: ")
 
 
 def test_job_that_slurm_ended_is_left_to_slurm(checkout):
-    submit(checkout, "a.toml", RECORD="stopped 0 12 asked by SIGTERM", JOB_STATE="COMPLETING")
+    submit(checkout, "a.toml", RECORD="stopped 0 12 12 asked by SIGTERM", JOB_STATE="COMPLETING")
     assert requeues(checkout) == 0
 
 
 def test_job_that_came_to_its_limit_is_requeued_though_slurm_ended_it(checkout):
     submit(
         checkout, "a.toml",
-        RECORD="stopped 0 12 asked by SIGTERM", JOB_STATE="COMPLETING", SLURM_JOB_END_TIME=str(int(time.time()) - 1),
+        RECORD="stopped 0 12 12 asked by SIGTERM", JOB_STATE="COMPLETING", SLURM_JOB_END_TIME=str(int(time.time()) - 1),
     )  # fmt: skip
     assert requeues(checkout) == 1
 

@@ -15,7 +15,7 @@ RESULT = StepResult(loss=2.0, grad_norm=1.0, lr=1e-3, samples=8, tokens=128)
 def test_state_after_an_iteration_has_its_samples_and_tokens():
     state = TrainState(iteration=10, consumed_samples=40, consumed_tokens=640)
     state.advance(RESULT)
-    assert state == TrainState(iteration=11, consumed_samples=48, consumed_tokens=768)
+    assert (state.iteration, state.consumed_samples, state.consumed_tokens) == (11, 48, 768)
 
 
 def test_state_of_a_checkpoint_is_the_one_that_was_saved():
@@ -44,6 +44,31 @@ def test_state_that_goes_to_a_checkpoint_is_the_one_that_was_saved():
     state.advance(RESULT)
     state.go_to(saved)
     assert state.progress() == saved
+
+
+def test_mean_loss_of_a_state_that_went_on_from_a_checkpoint_is_that_of_an_undisturbed_one():
+    straight, state = TrainState(), TrainState()
+    losses = (1 / 3, 0.1, 4.7380432415)  # whose sum depends on the order
+    for loss in losses:
+        straight.advance(replace(RESULT, loss=loss))
+    for loss in losses:
+        state.advance(replace(RESULT, loss=loss))
+        state = TrainState.from_progress(state.progress())
+    assert state.take_mean_loss() == straight.take_mean_loss() == sum(losses) / 3
+
+
+def test_mean_loss_leaves_out_what_was_taken_before():
+    state = TrainState()
+    state.advance(replace(RESULT, loss=9.0))
+    state.take_mean_loss()
+    state.advance(replace(RESULT, loss=3.0))
+    assert state.take_mean_loss() == 3.0
+
+
+def test_mean_loss_without_an_update_is_none():
+    state = TrainState()
+    state.advance(replace(RESULT, updated=False))
+    assert state.take_mean_loss() is None
 
 
 def test_state_of_a_checkpoint_with_more_losses_remembers_the_newest():

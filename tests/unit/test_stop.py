@@ -184,7 +184,7 @@ def test_record_of_a_run_under_way_says_where_it_began(train, record):
     stop = Stop(train(), Job(record=record))
     stop.check(TrainState(iteration=7))
     stop.check(TrainState(iteration=8))
-    assert record.read_text() == "running 7 7\n"
+    assert record.read_text() == "running 7 7 7\n"
 
 
 def test_record_of_a_run_that_was_asked_to_stop_says_so(train, record):
@@ -192,19 +192,31 @@ def test_record_of_a_run_that_was_asked_to_stop_says_so(train, record):
     stop.check(TrainState(iteration=7))
     signal.raise_signal(signal.SIGUSR1)  # to this thread: another might take its time to hand it on
     stop.check(TrainState(iteration=9))
-    assert record.read_text() == "stopped 7 9 asked by SIGUSR1\n"
+    assert record.read_text() == "stopped 7 7 9 asked by SIGUSR1\n"
 
 
 def test_record_of_a_finished_run_says_so(train, record):
     Stop(train(), Job(record=record)).check(TrainState(iteration=20))
-    assert record.read_text() == "finished 20 20 finished: 20 iterations\n"
+    assert record.read_text() == "finished 20 20 20 finished: 20 iterations\n"
 
 
 def test_run_that_reached_its_own_time_limit_counts_as_finished(train, record, clock):
     stop = Stop(train(exit_duration_minutes=2.0), Job(record=record))
     clock[0] += 500.0
     stop.check(TrainState(iteration=7))
-    assert record.read_text() == "finished 7 7 train.exit_duration_minutes has passed\n"
+    assert record.read_text() == "finished 7 7 7 train.exit_duration_minutes has passed\n"
+
+
+def test_record_says_of_which_iteration_the_newest_checkpoint_is(train, record):
+    stop = Stop(train(), Job(record=record))
+    stop.check(TrainState(iteration=7))
+    stop.note_saved(10)
+    assert record.read_text() == "running 7 10 7\n"
+    signal.raise_signal(signal.SIGUSR1)  # to this thread: another might take its time to hand it on
+    stop.check(TrainState(iteration=12))
+    assert record.read_text() == "stopped 7 10 12 asked by SIGUSR1\n"
+    stop.note_saved(12)
+    assert record.read_text() == "stopped 7 12 12 asked by SIGUSR1\n"
 
 
 def test_record_that_cannot_be_written_does_not_keep_the_run_from_going_on(train, tmp_path, caplog):

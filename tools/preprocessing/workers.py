@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -183,6 +184,8 @@ def _is_long(part: Part) -> bool:
 class _Worker(NamedTuple):
     process: BaseProcess
     pipe: Connection
+    parts: deque[Part]
+    """What it was told to make: the first is under way."""
 
 
 class Pool:
@@ -193,8 +196,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._idle: list[_Worker] = []
-        self._busy: dict[Connection, tuple[_Worker, Part]] = {}
+        self._workers: dict[Connection, _Worker] = {}
 
     def __enter__(self) -> Pool:
         # Spawned, not forked: this process has threads, and a fork of those may hang.
@@ -209,7 +211,7 @@ class Pool:
                 process = context.Process(target=_work, args=(theirs,), name=f"encode-{number}", daemon=True)
                 process.start()
                 theirs.close()  # so that the worker's death ends the pipe
-                self._idle.append(_Worker(process, ours))
+                self._workers[ours] = _Worker(process, ours, deque())
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return self
@@ -221,8 +223,8 @@ class Pool:
 
     def _end(self) -> None:
         """Kill what is still at work: a part that is not finished does not count."""
-        workers = [*self._idle, *(worker for worker, _ in self._busy.values())]
-        self._idle, self._busy = [], {}
+        workers = list(self._workers.values())
+        self._workers = {}
         for worker in workers:
             worker.pipe.close()
             worker.process.kill()
@@ -234,16 +236,17 @@ class Pool:
         waiting = list(reversed(order))
         outcome = Outcome([], None)
         try:
-            for worker in self._idle:
+            for worker in self._workers.values():
                 _send(worker, job)
             while True:
                 if stopped() or outcome.failure:
                     waiting.clear()
-                while waiting and self._idle:
-                    self._hand_out(waiting.pop())
+                while waiting and (free := self._free_worker(len(waiting))):
+                    self._hand_out(free, waiting.pop())
                 if not self._has_to_wait(outcome.failure):
                     return outcome
-                for pipe in connection.wait(list(self._busy), timeout=_POLL_SECONDS):
+                busy = [worker.pipe for worker in self._workers.values() if worker.parts]
+                for pipe in connection.wait(busy, timeout=_POLL_SECONDS):
                     assert isinstance(pipe, Connection)
                     outcome = self._receive(pipe, outcome, report)
         finally:
@@ -251,29 +254,38 @@ class Pool:
 
     def _has_to_wait(self, failure: Failure | None) -> bool:
         """Say whether a part is under way whose result matters: after a failure, only one before it in the input."""
-        parts = [part for _, part in self._busy.values()]
+        parts = [part for worker in self._workers.values() for part in worker.parts]
         return any(failure is None or (part.number < failure.number and not _is_long(part)) for part in parts)
 
-    def _hand_out(self, part: Part) -> None:
-        worker = self._idle.pop()
-        self._busy[worker.pipe] = worker, part
+    def _free_worker(self, num_waiting: int) -> _Worker | None:
+        """Choose who gets the next part.
+
+        A worker has one more than it works on, so that it need not wait until this process gets a core and answers;
+        but not of the last ones, or one worker might have two left where another has none.
+        """
+        most = 2 if num_waiting > len(self._workers) else 1
+        free = [worker for worker in self._workers.values() if len(worker.parts) < most]
+        return min(free, key=lambda worker: len(worker.parts), default=None)
+
+    def _hand_out(self, worker: _Worker, part: Part) -> None:
+        worker.parts.append(part)
         _send(worker, part)
 
     def _receive(self, pipe: Connection, outcome: Outcome, report: Report) -> Outcome:
         """Take one message of a worker."""
-        worker, part = self._busy[pipe]
+        worker = self._workers[pipe]
         try:
             message = pipe.recv()
         except (EOFError, OSError):
-            message = Failure(part.number, _death(worker.process))
+            message = Failure(worker.parts[0].number, _death(worker.process))
         if isinstance(message, tuple) and not isinstance(message, Failure):
             report(*message)
             return outcome
-        del self._busy[pipe]
         if isinstance(message, PartRecord):
-            self._idle.append(worker)
+            worker.parts.popleft()
             outcome.records.append(message)
             return outcome
+        del self._workers[pipe]
         pipe.close()
         worker.process.kill()
         worker.process.join()
