@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_built=lambda: os.close(arguments.building),
         )
     except MegapintsError as error:
-        if arguments.rank == 0:
+        if arguments.rank == 0 or not error.everywhere:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr, flush=True)
         return EXIT_CODE
     return 0

@@ -1,9 +1,11 @@
-"""Checkpoint directories on disk: names, wholeness, publication, retention. No torch.
+"""Checkpoint directories on disk: names, wholeness, publication. What is removed: removal.py. No torch.
 
     RUN/checkpoints/
       latest                 name of the newest whole checkpoint, written last
       iter_0001000/          whole: published by one rename, after `megapints.json` was written inside
       iter_0002000.START.tmp/    being written, or left behind by a start that died; never read
+      iter_0001000.replaced/     had the name until another one of the same iteration was published
+      iter_0000500.removed/      expired, and being removed
 
 A directory is whole when it carries the published name and every file that its `megapints.json`
 lists is there with the size listed. Before anything is taken from it, the files' digests are compared too, which
@@ -19,7 +21,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -34,9 +37,10 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 DESCRIPTION = "megapints.json"
 FORMAT = 1
+REMOVED = ".removed"
+REPLACED = ".replaced"
 _LOG = logging.getLogger(__name__)
 _OWN_DIGEST = "own_digest"
-_REMOVED = ".removed"
 _FLUSHED_TOGETHER = 4  # small files share one commit of the file system's journal
 _PUBLISHED = re.compile(r"iter_(\d{7,})\Z")
 
@@ -125,7 +129,8 @@ def publish(
     """Turn a fully written temporary directory into a whole checkpoint, and point `latest` at it. One rank calls it.
 
     Every file is on the disk, then listed with its size and digest in `megapints.json`, then the directory
-    is renamed. A crash at any moment leaves either the temporary name or a whole checkpoint.
+    is renamed. A crash at any moment leaves either the temporary name or a whole checkpoint. What fails after the
+    rename is told, and no more: the checkpoint is whole.
 
     Args:
         temporary: the directory.
@@ -133,10 +138,12 @@ def publish(
         written: files that were digested and flushed by those who wrote them; the others are read for it here.
 
     Returns:
-        The published path. An earlier checkpoint of the same iteration is replaced.
+        The published path. An earlier checkpoint of the same iteration is replaced; a start that dies between its
+        two renames is made good by the next (removal.put_back_replaced).
 
     Raises:
         CheckpointError: a file is not there as it was written.
+        OSError: something could not be written or renamed; an earlier checkpoint has its name still.
     """
     records = dict(written or {})
     for name, record in records.items():
@@ -147,21 +154,60 @@ def publish(
         records |= zip(names, pool.map(lambda name: _flush_and_digest(temporary / name), names), strict=True)
     write_whole(temporary / DESCRIPTION, _describe(description, records))
     published = temporary.with_name(temporary.name.partition(".")[0])
-    if published.exists():
-        replaced = published.with_suffix(".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        published.rename(replaced)
-        temporary.rename(published)
-        shutil.rmtree(replaced)
-    else:
-        temporary.rename(published)
-    flush(published.parent)
-    _point_at(published)
-    for left in published.parent.glob("iter_*.tmp"):
-        # Of a start that died; each would hold a whole checkpoint's disk space.
-        if left.name.partition(".")[0] <= published.name:
-            shutil.rmtree(left, ignore_errors=True)
+    _take_name(temporary, published)
+    _put_in_order(published)
     return published
+
+
+def _take_name(temporary: Path, published: Path) -> None:
+    """Rename, and put aside what has the name already; it gets it back where that fails."""
+    replaced = published.with_suffix(REPLACED)
+    taken = os.path.lexists(published)
+    if taken:
+        with contextlib.suppress(OSError):
+            discard(replaced)
+        published.rename(replaced)
+    try:
+        temporary.rename(published)
+    except OSError:
+        if taken:
+            with contextlib.suppress(OSError):  # the first error says more; the next start tries again
+                replaced.rename(published)
+        raise
+
+
+def _put_in_order(published: Path) -> None:
+    """Make a new checkpoint's name last, point `latest` at it, and remove what it makes superfluous."""
+    replaced = published.with_suffix(REPLACED)
+    with told(published.parent, "cannot be flushed or cleared"):
+        flush(published.parent)  # before the one that it replaces goes
+        if os.path.lexists(replaced):
+            # Half-removed, it must never get its name back.
+            discard(replaced.rename(published.with_suffix(REMOVED)))
+    with told(published.parent / LATEST, "cannot be written"):
+        write_whole(published.parent / LATEST, published.name + "\n")
+    with told(published.parent, "cannot be cleared"):
+        for left in published.parent.glob("iter_*.tmp"):
+            # Of a start that died; each would hold a whole checkpoint's disk space.
+            if left.name.partition(".")[0] <= published.name:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def discard(path: Path) -> None:
+    """Remove a directory, or whatever stands in its place; of a link, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def told(path: Path, what: str) -> Iterator[None]:
+    """Make an OSError a warning: the run has a whole checkpoint, and no reason to end."""
+    try:
+        yield
+    except OSError as error:
+        _LOG.warning("%s: %s (%s)", path, what, error.strerror or error)
 
 
 def _flush_and_digest(file: Path) -> FileRecord:
@@ -198,14 +244,6 @@ def _describe(description: CheckpointDescription, records: Mapping[str, FileReco
 
 def _own_digest(body: dict[str, Any]) -> str:
     return digests.of_text(json.dumps(body, sort_keys=True))
-
-
-def _point_at(published: Path) -> None:
-    try:
-        write_whole(published.parent / LATEST, published.name + "\n")
-    except OSError as error:
-        # Nothing is read from it: no reason to end a run whose checkpoint is whole.
-        _LOG.warning("%s: cannot be written (%s)", published.parent / LATEST, error.strerror)
 
 
 def read_description(path: Path) -> CheckpointDescription:
@@ -267,6 +305,8 @@ def why_not_whole(path: Path) -> str | None:
     """Say why a directory is not a whole checkpoint; None when it is one."""
     if iteration_of(path) is None:
         return "it was never published (a save was interrupted)"
+    if (reason := _why_no_directory(path)) is not None:
+        return reason
     try:
         read_description(path)
         files = _read_body(path).get("files")
@@ -277,24 +317,39 @@ def why_not_whole(path: Path) -> str | None:
     for name, size in files.items():
         try:
             found = (path / name).stat().st_size
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
         if found != size:
             return f"{name} has {found} bytes, not {size}"
     return None
 
 
+def _why_no_directory(path: Path) -> str | None:
+    try:
+        return None if stat.S_ISDIR(path.stat().st_mode) else "is not a directory"
+    except FileNotFoundError:
+        return f"is a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
 def find_newest(checkpoints: Path, bad: Mapping[Path, str] | None = None) -> Found:
-    """Find the newest whole checkpoint under a `checkpoints` directory, and what newer directories were passed over.
+    """Find the newest whole checkpoint under a `checkpoints` directory, and what newer ones were passed over.
+
+    Whatever has a published checkpoint's name is judged, be it a link into an archive that is not mounted: a run that
+    has checkpoints must not look like one that has none.
 
     Args:
         checkpoints: the directory.
         bad: checkpoints that are known to be damaged though all their files are there, and what is wrong with them.
+
+    Raises:
+        CheckpointError: what has the directory's name cannot be listed.
     """
-    if not checkpoints.is_dir():
-        return Found(None, ())
     candidates = sorted(
-        (p for p in checkpoints.iterdir() if p.is_dir() and p.name.startswith("iter_")),
+        _candidates(checkpoints),
         key=lambda p: (int("".join(c for c in p.name.split(".")[0] if c.isdigit()) or 0), iteration_of(p) is not None),
         reverse=True,
     )
@@ -307,20 +362,34 @@ def find_newest(checkpoints: Path, bad: Mapping[Path, str] | None = None) -> Fou
     return Found(None, tuple(rejected))
 
 
+def _candidates(checkpoints: Path) -> list[Path]:
+    """List what has a published checkpoint's name, and the directories on their way to or from one."""
+    try:
+        entries = [path for path in checkpoints.iterdir() if path.name.startswith("iter_")]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not os.path.lexists(checkpoints):
+            return []
+        reason = _why_no_directory(checkpoints) or f"cannot be read ({error.strerror})"
+        raise CheckpointError(
+            f"{checkpoints}: {reason}, so whether the run has checkpoints is not known; put it right, or move it away."
+        ) from None
+    return [path for path in entries if iteration_of(path) is not None or _why_no_directory(path) is None]
+
+
 def resolve(path: Path) -> Path:
     """Turn what a person gave (a run, its `checkpoints`, or one checkpoint) into one whole checkpoint directory.
 
     Raises:
         CheckpointError: nothing whole is there.
     """
-    if not path.exists():
-        raise CheckpointError(f"{path}: does not exist; give a run directory or one of its checkpoints.")
-    if (path / DESCRIPTION).exists() or iteration_of(path) is not None:
+    if (reason := _why_no_directory(path)) is not None:
+        raise CheckpointError(f"{path}: {reason}; give a run directory or one of its checkpoints.")
+    if os.path.exists(path / DESCRIPTION) or iteration_of(path) is not None:
         reason = why_not_whole(path)
         if reason is not None:
             raise CheckpointError(f"{path}: not a whole checkpoint: {reason}.")
         return path
-    checkpoints = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path
+    checkpoints = path / CHECKPOINTS if os.path.lexists(path / CHECKPOINTS) else path
     found = find_newest(checkpoints)
     if found.path is None:
         detail = "; ".join(f"{r.path.name}: {r.reason}" for r in found.rejected)
@@ -331,52 +400,3 @@ def resolve(path: Path) -> Path:
 def run_of(checkpoint: Path) -> Path:
     """The run directory that a checkpoint directory belongs to."""
     return checkpoint.parent.parent
-
-
-def expired(iterations: Iterable[int], *, keep_last: int | None, keep_every: int | None) -> list[int]:
-    """Pick the iterations whose checkpoints retention removes: all but the newest ones and the multiples."""
-    if keep_last is None:
-        return []
-    ordered = sorted(iterations)
-    return [
-        iteration
-        for iteration in ordered[: max(0, len(ordered) - keep_last)]
-        if not (keep_every and iteration % keep_every == 0)
-    ]
-
-
-def remove_expired(
-    checkpoints: Path, *, keep_last: int | None, keep_every: int | None, bad: Collection[Path] = ()
-) -> list[Path]:
-    """Remove expired checkpoints. One rank calls it, and only after a newer one was published.
-
-    It takes seconds where files are large, and may run beside training. What cannot be removed is told, and no more:
-    the newer checkpoint is whole all the same.
-
-    Args:
-        checkpoints: the directory.
-        keep_last: how many of the newest to keep. Only whole ones count, so a damaged one never displaces a good one.
-        keep_every: besides, keep those whose iteration is a multiple of this.
-        bad: checkpoints that are known to be damaged though all their files are there.
-
-    Returns:
-        What they were called.
-    """
-    named = [p for p in checkpoints.iterdir() if iteration_of(p) is not None and p not in bad]
-    by_iteration = {iteration_of(p) or 0: p for p in named if why_not_whole(p) is None}
-    gone = [by_iteration[i] for i in expired(by_iteration, keep_last=keep_last, keep_every=keep_every)]
-    for path in gone:
-        with _told(path):
-            path.rename(path.with_suffix(_REMOVED))  # a half-removed directory must not look whole
-    for path in checkpoints.glob(f"iter_*{_REMOVED}"):  # also of a run that was ended while it did this
-        with _told(path):
-            shutil.rmtree(path)
-    return gone
-
-
-@contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        _LOG.warning("%s: cannot be removed (%s), and takes up disk space", path, error.strerror)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_ext.checkpoint import fit, layout, sharded, verify
+from megatron_ext.checkpoint import fit, layout, removal, sharded, verify
 from megatron_ext.checkpoint.buckets import bucket_padding_kept
 from megatron_ext.checkpoint.layout import CheckpointDescription
 from megatron_ext.checkpoint.sharded import Planned, WeightSum
@@ -146,6 +146,7 @@ class Checkpoints:
         files = planned.shards.files
         if self._config.checkpoint.async_save:
             files = self._copied(files)
+            planned.shards.files = {}  # a gathered state must not lie beside its copy until this is published
         writing = Writing(path, files, weight_keys=planned.weight_keys)
         self._under_way = _UnderWay(progress, begin, planned, writing)
         self.last_saved = progress.iteration
@@ -223,19 +224,27 @@ class Checkpoints:
         try:
             path = self._publish(temporary, save, found)
             _LOG.info("saved %s", path)
-            size = sum(file.stat().st_size for file in path.iterdir())
-        except (CheckpointError, OSError) as error:
+        # Whatever it is: raised on rank 0 alone, it would leave the others waiting.
+        except Exception as error:
             shutil.rmtree(temporary, ignore_errors=True)  # a full disk is the likeliest reason: give it back
             raise CheckpointError(
                 f"the checkpoint of iteration {iteration} could not be saved, and the run ends here rather than train "
                 f"on without: {_reason(error)} {self._what_is_left()}"
             ) from None
         self._removing = self._aside.submit(self._remove_superfluous, path)
+        size = 0
+        with layout.told(path, "its size cannot be read"):
+            size = sum(file.stat().st_size for file in path.iterdir())
         return size
 
     def _remove_superfluous(self, newest: Path) -> None:
         settings, bad = self._config.checkpoint, self._damaged.keys() - {newest}
-        layout.remove_expired(self._directory, keep_last=settings.keep_last, keep_every=settings.keep_every, bad=bad)
+        keep = {"keep_last": settings.keep_last, "keep_every": settings.keep_every}
+        try:
+            removal.remove_expired(self._directory, **keep, bad=bad)
+        # Whatever it is: the newer checkpoint is whole, so it is told, and no more.
+        except Exception as error:
+            _LOG.warning("expired checkpoints cannot be removed, and take up disk space: %s", _reason(error))
 
     def _publish(self, temporary: Path, save: _UnderWay, found: list[tuple[Written, WeightSum]]) -> Path:
         failed = [f"rank {rank}: {error}" for rank, (written, _) in enumerate(found) for error in written.errors]
@@ -249,7 +258,10 @@ class Checkpoints:
         return layout.publish(temporary, self._description(save.progress, weights=weights._asdict()), records)
 
     def _what_is_left(self) -> str:
-        newest = layout.find_newest(self._directory, self._damaged).path
+        try:
+            newest = layout.find_newest(self._directory, self._damaged).path
+        except Exception as error:  # it must not hide why the save failed
+            return f"Whether there is an older one could not be seen: {_reason(error)}"
         if newest is None:
             return "There is no older one. Mend that, and start again."
         return f"Older ones are untouched: mend that, start again, and the run goes on from {newest}."
@@ -277,7 +289,9 @@ class Checkpoints:
     # --- loading --------------------------------------------------------------------------------------------------
 
     def resume(self) -> Progress | None:
-        """Load the newest whole checkpoint of this run, if there is one. Every rank calls it.
+        """Load the newest whole checkpoint of this run, if there is one, and clear what dead starts left beside it.
+
+        Every rank calls it, while no save is under way.
 
         All files are read and compared with their digests first; a checkpoint that is damaged is passed over with a
         warning, and the next older one is tried.
@@ -285,8 +299,15 @@ class Checkpoints:
         Raises:
             CheckpointError: it does not fit this configuration or layout, or there are only damaged ones.
         """
+        with groups.together():
+            if self._place.rank == 0:
+                self._removing.result()  # where the run goes back: both would remove the same
+                removal.put_back_replaced(self._directory)
         path = verify.find_newest(self._directory, self._damaged, self._place)
-        return None if path is None else self._resume_from(path)
+        progress = None if path is None else self._resume_from(path)
+        if self._place.rank == 0:  # now that one is known to be good
+            removal.remove_leftovers(self._directory, path, start=self._start)
+        return progress
 
     def load_all(self, path: Path) -> Progress:
         """Load one checkpoint with its optimizer. Every rank calls it.
@@ -328,7 +349,9 @@ class Checkpoints:
     def _refuse_damaged(self, path: Path) -> None:
         damage = verify.find_damage(path, self._place)
         if damage is not None:
-            raise CheckpointError(f"{path}: {damage}; take another checkpoint.")
+            refusal = CheckpointError(f"{path}: {damage}; take another checkpoint.")
+            refusal.everywhere = True  # all ranks have gathered the same
+            raise refusal
 
     def _load(self, path: Path, description: CheckpointDescription, *, weights_only: bool) -> None:
         metadata = sharded.state_metadata(description.optimizer_format or fit.UNSHARDED)
@@ -364,11 +387,13 @@ class Checkpoints:
         saved = WeightSum(tuple(description.weights["types"]), description.weights["sum"])
         found = sharded.sum_weights([self._chunk_state(chunk, metadata) for _, chunk in self._named_chunks()])
         if sharded.QUANTIZED not in found.types and found.types == saved.types and found.sum != saved.sum:
-            raise CheckpointError(
+            refusal = CheckpointError(
                 f"{path}: the weights that were loaded are not those that were saved (checksum {found.sum:08x}, "
                 f"not {saved.sum:08x}), though its files are as they were written; do not go on from it with this "
                 "software or on these devices."
             )
+            refusal.everywhere = True  # all ranks have added up the same
+            raise refusal
 
     # --- state ----------------------------------------------------------------------------------------------------
 
@@ -403,7 +428,7 @@ class Checkpoints:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or error}."
-    return str(error)
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}."
 
 
 def _adopt_rates(saved: Any, group: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.checkpoint import hf_convert, hf_llama, layout
+from megatron_ext.checkpoint import hf_convert, hf_llama, layout, removal
 from megatron_ext.checkpoint.hf_folder import HfReader
 from megatron_ext.checkpoint.save_load import Checkpoints, Progress
 from megatron_ext.config.tree import Config
@@ -42,12 +42,15 @@ def starting_state(config: Config, checkpoints: Checkpoints) -> TrainState:
 
 
 def _refuse_to_overwrite(checkpoints: Path) -> None:
+    removal.put_back_replaced(checkpoints)
     found = layout.find_newest(checkpoints)
-    if found.path is not None:
+    damaged = [one.path for one in found.rejected if layout.iteration_of(one.path) is not None]
+    if held := found.path or next(iter(damaged), None):
         raise CheckpointError(
-            f"{found.path}: the run directory already holds a checkpoint and checkpoint.resume is false; "
+            f"{held}: the run directory already holds a checkpoint and checkpoint.resume is false; "
             "name another run_dir, or remove it."
         )
+    removal.remove_leftovers(checkpoints, None)
 
 
 def _weights(config: Config, source: Path) -> Path:

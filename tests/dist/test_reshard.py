@@ -101,5 +101,18 @@ def test_resharding_a_damaged_checkpoint_is_refused_and_leaves_nothing(resharded
     shard.write_bytes(content)
     done = reshard("--load", "damaged", "--save", "nothing", cwd=module_trainer.work)
     assert done.returncode == 2
-    assert "__1_0.distcp is damaged" in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.count("__1_0.distcp is damaged") == 1 and "Traceback" not in done.stderr
     assert not list(module_trainer.work.glob("nothing*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_error_of_one_rank_alone_is_told_by_that_rank(rank, tmp_path):
+    # The checkpoint is not there for it, as where a node lacks a mount: it fails before it meets the others.
+    words = {"load": tmp_path / "iter_0000010", "save": tmp_path, "optimizer-format": "fully_reshardable"}
+    words |= {"rank": rank, "world-size": 2, "port": 1, "building": 0}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "reshard_rank.py"), *(f"--{name}={words[name]}" for name in words)],
+        capture_output=True, text=True, timeout=100, env=child_environment(),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path / 'iter_0000010'}: not a megapints checkpoint")

@@ -154,6 +154,9 @@ def test_killed_during_a_save_loses_only_the_work_since_the_last_whole_checkpoin
     resumed = trainer.train("killed", *running, "--train.exit_iters", str(int(whole[-1][5:]) + 1))
     assert f"resumed from {checkpoints / whole[-1]}" in resumed.output
     assert f"ignored {half_written}" in resumed.output
+    # Its space is free before preflight looks.
+    removed = resumed.output.index(f"removed what earlier starts left in {checkpoints}: {half_written.name}")
+    assert removed < resumed.output.index("preflight: disk") and not half_written.exists()
     assert resumed.rows()[-1]["iteration"] == int(whole[-1][5:]) + 1
 
 

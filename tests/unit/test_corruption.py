@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.checkpoint import layout, verify
+from megatron_ext.checkpoint import layout, removal, verify
 from megatron_ext.errors import CheckpointError
 
 FILES = ("__0_0.distcp", "__0_1.distcp", ".metadata", "metadata.json", "megapints.json")
@@ -99,6 +99,27 @@ def test_damaged_file_of_the_only_checkpoint_is_one_error(name, damage, checkpoi
     assert name in str(caught.value)
 
 
+def test_newest_checkpoint_in_an_archive_that_is_not_mounted_makes_the_older_be_taken(checkpoints, one_process, caplog):
+    shutil.rmtree(checkpoints / "iter_0000004")
+    (checkpoints / "iter_0000004").symlink_to("/archive/iter_0000004")
+    assert found(checkpoints, one_process) == "iter_0000002"
+    assert "iter_0000004: is a link to /archive/iter_0000004, which is not there" in caplog.text
+
+
+def test_all_checkpoints_in_an_archive_that_is_not_mounted_is_one_error(checkpoints, one_process):
+    for iteration in (2, 4):
+        shutil.rmtree(checkpoints / f"iter_000000{iteration}")
+        (checkpoints / f"iter_000000{iteration}").symlink_to("/archive")
+    with pytest.raises(CheckpointError, match=r"none that is whole .*iter_0000004: is a link to /archive, which is"):
+        found(checkpoints, one_process)
+
+
+def test_folder_of_checkpoints_that_is_not_mounted_is_one_error(tmp_path, one_process):
+    (tmp_path / "checkpoints").symlink_to("/archive")
+    with pytest.raises(CheckpointError, match="checkpoints: is a link to /archive, which is not there"):
+        found(tmp_path / "checkpoints", one_process)
+
+
 def test_both_checkpoints_damaged_is_one_error_that_names_both(checkpoints, one_process):
     for iteration in (2, 4):
         flip(checkpoints / f"iter_000000{iteration}" / "__0_0.distcp", 0.5)
@@ -180,5 +201,5 @@ def test_checkpoint_without_digests_is_taken_and_said_so_once(checkpoints, one_p
 
 
 def test_damaged_newest_does_not_make_the_whole_ones_expire(checkpoints):
-    removed = layout.remove_expired(checkpoints, keep_last=1, keep_every=None, bad={checkpoints / "iter_0000004"})
+    removed = removal.remove_expired(checkpoints, keep_last=1, keep_every=None, bad={checkpoints / "iter_0000004"})
     assert removed == [] and (checkpoints / "iter_0000002").is_dir()

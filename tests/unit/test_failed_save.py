@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import gc
 import multiprocessing
 import re
 import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megatron_ext.checkpoint import layout, sharded, writer
 from megatron_ext.checkpoint.save_load import Progress
@@ -30,6 +33,18 @@ def checkpoints(tmp_path: Path) -> Path:
 
 def names(checkpoints: Path) -> list[str]:
     return sorted(path.name for path in checkpoints.iterdir())
+
+
+def unlist(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let the file system fail when a folder is listed."""
+    listed = Path.iterdir
+
+    def fails(self: Path) -> Iterator[Path]:
+        if self == folder:
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return listed(self)
+
+    monkeypatch.setattr(Path, "iterdir", fails)
 
 
 # --- failed ---------------------------------------------------------------------------------------------------
@@ -103,6 +118,53 @@ def test_file_that_vanished_before_publishing_is_an_error(build, checkpoints, mo
     monkeypatch.setattr(writer.ShardPlan, "finish", loses_one)
     with pytest.raises(CheckpointError, match="__0_1.distcp: was written, but is not there.*share run_dir"):
         saved.save(FIRST)
+
+
+def test_other_exception_while_publishing_is_the_same_error(build, checkpoints, monkeypatch):  # noqa: F811
+    saved = build().trained().checkpoints
+    saved.save(FIRST)
+
+    def breaks(*_: object) -> None:
+        raise ValueError("unknown storage")
+
+    monkeypatch.setattr(writer.ShardPlan, "finish", breaks)
+    with pytest.raises(CheckpointError, match="iteration 2 could not be saved.*: ValueError: unknown storage. Older"):
+        saved.save(SECOND)
+    assert names(checkpoints) == ["iter_0000001", "latest"]
+
+
+def test_reason_of_a_failed_save_is_told_where_the_older_ones_cannot_be_listed(
+    build,  # noqa: F811
+    checkpoints,
+    monkeypatch,
+):
+    saved = build().trained().checkpoints
+    saved.save(FIRST)
+    unlist(monkeypatch, checkpoints)
+    with file_size_limit(20_000), pytest.raises(CheckpointError) as caught:
+        saved.save(SECOND)
+    assert "File too large" in str(caught.value)
+    assert "Whether there is an older one could not be seen" in str(caught.value)
+    assert "cannot be read (Input/output error)" in str(caught.value)
+
+
+def test_published_checkpoint_whose_size_cannot_be_read_is_published(build, checkpoints, monkeypatch, caplog):  # noqa: F811
+    saved = build().trained().checkpoints
+    unlist(monkeypatch, checkpoints / "iter_0000001")
+    saved.save(FIRST)
+    (published,) = saved.poll()
+    assert published.path == checkpoints / "iter_0000001"
+    assert "iter_0000001: its size cannot be read (Input/output error)" in caplog.text
+
+
+def test_expired_checkpoints_that_cannot_be_listed_are_told_and_no_more(build, checkpoints, monkeypatch, caplog):  # noqa: F811
+    saved = build("--checkpoint.keep_last", "1").trained().checkpoints
+    unlist(monkeypatch, checkpoints)
+    saved.save(FIRST)
+    saved.save(SECOND)
+    saved.close()
+    warning = f"expired checkpoints cannot be removed, and take up disk space: {checkpoints}: Input/output error."
+    assert [record.getMessage() for record in caplog.records].count(warning) == 2  # that of the last save too
 
 
 # --- in the background ----------------------------------------------------------------------------------------
@@ -182,6 +244,31 @@ def test_copy_of_the_state_reuses_its_memory(build):  # noqa: F811
     saved.save(SECOND)
     assert saved._staging._memory is memory
     saved.close()
+
+
+def test_gathered_state_is_given_back_once_it_is_copied(build, gate, monkeypatch):  # noqa: F811
+    saved = build(*BEHIND, "--checkpoint.optimizer_format", "fully_reshardable").trained().checkpoints
+    of_the_run = {storage._cdata for storage in _storages(gc.get_objects())}
+    plan, planned = sharded.SavePlanner.plan, []
+
+    def remembers(self, *args, **options):
+        found = plan(self, *args, **options)
+        tensors = [entry.data for entries in found.shards.files.values() for entry in entries]
+        made = [storage for storage in _storages(tensors) if storage._cdata not in of_the_run]
+        planned.append([StorageWeakRef(storage) for storage in made])
+        return found
+
+    monkeypatch.setattr(sharded.SavePlanner, "plan", remembers)
+    saved.save(FIRST)
+    assert planned[0] and all(storage.expired() for storage in planned[0])
+    gate.set()
+    saved.save(SECOND)  # by the plan that was kept
+    assert planned[1] and all(storage.expired() for storage in planned[1])
+    saved.close()
+
+
+def _storages(objects: Sequence[object]) -> list[torch.UntypedStorage]:
+    return [found.untyped_storage() for found in objects if issubclass(type(found), torch.Tensor)]
 
 
 # --- the checksum of the weights ------------------------------------------------------------------------------

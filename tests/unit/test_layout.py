@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -147,13 +148,15 @@ def test_every_file_is_flushed_before_the_checkpoint_gets_its_name(checkpoints, 
 # --- cut off --------------------------------------------------------------------------------------------------
 
 
-def cut_off(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *, call: int = 1) -> None:
-    """Let the process end at the call-th call of a function."""
+def cut_off(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, *, call: int = 1, error: BaseException | None = None
+) -> None:
+    """Let the process end at the call-th call of a function, or let that call raise an error."""
     real, calls = getattr(owner, name), iter(range(1, 1000))
 
     def dies(*args, **kwargs):
         if next(calls) == call:
-            raise Killed
+            raise Killed if error is None else error
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, name, dies)
@@ -191,6 +194,61 @@ def test_publishing_cut_off_after_the_rename_leaves_the_new_checkpoint_the_newes
     assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
 
 
+def unmounted(path: Path) -> None:
+    path.symlink_to("/archive/that/is/not/mounted")
+
+
+IO_ERROR = OSError(errno.EIO, "Input/output error")
+
+
+def test_replacing_that_fails_at_the_second_rename_leaves_the_former_under_its_name(checkpoints, monkeypatch):
+    save(checkpoints, 10, b"old")
+    temporary = write(checkpoints, 10, b"newer")
+    with monkeypatch.context() as patched:
+        cut_off(patched, Path, "rename", call=2, error=IO_ERROR)
+        with pytest.raises(OSError, match="Input/output error"):
+            layout.publish(temporary, description(10))
+    found = layout.find_newest(checkpoints).path
+    assert found is not None and (found / "__0_0.distcp").read_bytes() == b"old"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000010", "iter_0000010.tmp", "latest"]
+
+
+def test_replacing_keeps_the_former_until_the_new_name_is_on_the_disk(checkpoints, monkeypatch, caplog):
+    save(checkpoints, 10, b"old")
+    temporary = write(checkpoints, 10, b"newer")
+    with monkeypatch.context() as patched:
+        cut_off(patched, os, "fsync", call=5, error=IO_ERROR)  # after two files, megapints.json and its folder
+        path = layout.publish(temporary, description(10))
+    assert (path / "__0_0.distcp").read_bytes() == b"newer"
+    assert (checkpoints / "iter_0000010.replaced" / "__0_0.distcp").read_bytes() == b"old"
+    assert "checkpoints: cannot be flushed or cleared (Input/output error)" in caplog.text
+
+
+def test_former_that_cannot_be_removed_does_not_make_the_new_checkpoint_fail(checkpoints, monkeypatch, caplog):
+    save(checkpoints, 10)
+    temporary = write(checkpoints, 10, b"newer")
+    with monkeypatch.context() as patched:
+        cut_off(patched, shutil, "rmtree", error=IO_ERROR)
+        path = layout.publish(temporary, description(10))
+    assert layout.find_newest(checkpoints).path == path and (checkpoints / "latest").is_file()
+    assert "cannot be flushed or cleared" in caplog.text
+
+
+def test_publishing_in_place_of_a_dead_link_replaces_it(checkpoints):
+    checkpoints.mkdir(parents=True)
+    unmounted(checkpoints / "iter_0000010")
+    assert layout.why_not_whole(save(checkpoints, 10)) is None
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000010", "latest"]
+
+
+def test_publishing_in_place_of_a_link_leaves_what_it_points_to(checkpoints, tmp_path):
+    archived = tmp_path / "archive"
+    save(checkpoints, 10, b"old").rename(archived)
+    (checkpoints / "iter_0000010").symlink_to(archived)
+    save(checkpoints, 10, b"newer")
+    assert (archived / "__0_0.distcp").read_bytes() == b"old"
+
+
 def test_unpublished_checkpoint_is_named_among_the_rejected(checkpoints):
     save(checkpoints, 10)
     temporary = write(checkpoints, 20)
@@ -206,16 +264,6 @@ def test_small_file_cut_off_while_written_keeps_its_old_content(tmp_path, monkey
         with pytest.raises(Killed):
             write_whole(path, "new\n")
     assert path.read_text() == "old\n"
-
-
-def test_removal_cut_off_leaves_nothing_that_looks_whole(checkpoints, monkeypatch):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    with monkeypatch.context() as patched:
-        cut_off(patched, shutil, "rmtree")
-        with pytest.raises(Killed):
-            layout.remove_expired(checkpoints, keep_last=1, keep_every=None)
-    assert [p.name for p in checkpoints.iterdir() if layout.why_not_whole(p) is None] == ["iter_0000020"]
 
 
 # --- wholeness ------------------------------------------------------------------------------------------------
@@ -291,138 +339,7 @@ def test_checkpoint_without_a_list_of_files_is_not_whole(checkpoints):
     assert layout.why_not_whole(path) is not None
 
 
-# --- finding --------------------------------------------------------------------------------------------------
-
-
-def test_newest_of_a_missing_directory_is_none(checkpoints):
-    assert layout.find_newest(checkpoints) == (None, ())
-
-
-def test_newest_is_that_of_the_highest_iteration(checkpoints):
-    for iteration in (9_999_999, 10_000_000, 500):
-        save(checkpoints, iteration)
-    assert layout.find_newest(checkpoints).path == checkpoints / "iter_10000000"
-
-
-def test_newest_does_not_depend_on_the_file_latest(checkpoints):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    (checkpoints / "latest").write_text("iter_0000010\n")
-    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
-
-
-def test_newest_passes_over_a_damaged_one(checkpoints):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    (checkpoints / "iter_0000020" / ".metadata").unlink()
-    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000010"
-
-
-def test_newest_names_the_damaged_ones_that_it_passed_over(checkpoints):
-    for iteration in (10, 20, 30):
-        save(checkpoints, iteration)
-    for iteration in ("20", "30"):
-        (checkpoints / f"iter_00000{iteration}" / ".metadata").unlink()
-    rejected = layout.find_newest(checkpoints).rejected
-    assert [(r.path.name, r.reason) for r in rejected] == [
-        ("iter_0000030", ".metadata is missing"),
-        ("iter_0000020", ".metadata is missing"),
-    ]
-
-
-def test_newest_says_nothing_of_older_damaged_ones(checkpoints):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    (checkpoints / "iter_0000010" / ".metadata").unlink()
-    assert layout.find_newest(checkpoints).rejected == ()
-
-
-@pytest.mark.parametrize("given", ["", "checkpoints", "checkpoints/iter_0000020"])
-def test_resolve_finds_the_checkpoint_from_the_run_and_from_within(given, checkpoints):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    assert layout.resolve(checkpoints.parent / given) == checkpoints / "iter_0000020"
-
-
-def test_resolve_of_an_older_checkpoint_gives_that_one(checkpoints):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    assert layout.resolve(checkpoints / "iter_0000010") == checkpoints / "iter_0000010"
-
-
-def test_resolve_of_a_damaged_checkpoint_is_refused(checkpoints):
-    path = save(checkpoints, 10)
-    (path / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"iter_0000010: not a whole checkpoint: \.metadata is missing\."):
-        layout.resolve(path)
-
-
-def test_resolve_of_a_run_whose_checkpoints_are_damaged_says_what_is_wrong_with_each(checkpoints):
-    (save(checkpoints, 10) / ".metadata").unlink()
-    with pytest.raises(CheckpointError, match=r"holds no whole checkpoint \(iter_0000010: \.metadata is missing\)"):
-        layout.resolve(checkpoints.parent)
-
-
-def test_resolve_of_a_missing_folder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="nowhere: does not exist; give a run directory"):
-        layout.resolve(tmp_path / "nowhere")
-
-
-def test_resolve_of_a_folder_without_checkpoints_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
-        layout.resolve(tmp_path)
-
-
-def test_run_of_a_checkpoint_is_two_levels_up(checkpoints):
-    assert layout.run_of(save(checkpoints, 10)) == checkpoints.parent
-
-
-# --- retention ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("keep_last", "keep_every", "gone"),
-    [
-        (None, None, []),
-        (2, None, [10, 20, 30]),
-        (1, None, [10, 20, 30, 40]),
-        (5, None, []),
-        (9, None, []),
-        (1, 20, [10, 30]),
-        (2, 50, [10, 20, 30]),
-    ],
-)
-def test_retention_of_five_checkpoints(keep_last, keep_every, gone):
-    found = layout.expired([30, 10, 50, 20, 40], keep_last=keep_last, keep_every=keep_every)
-    assert found == gone
-
-
-def test_retention_removes_the_directories(checkpoints):
-    for iteration in (10, 20, 30):
-        save(checkpoints, iteration)
-    layout.remove_expired(checkpoints, keep_last=1, keep_every=20)
-    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000020", "iter_0000030", "latest"]
-
-
-def test_retention_says_what_it_removed(checkpoints):
-    for iteration in (10, 20):
-        save(checkpoints, iteration)
-    assert layout.remove_expired(checkpoints, keep_last=1, keep_every=None) == [checkpoints / "iter_0000010"]
-
-
-def test_retention_does_not_count_damaged_checkpoints(checkpoints):
-    for iteration in (10, 20, 30):
-        save(checkpoints, iteration)
-    (checkpoints / "iter_0000030" / ".metadata").unlink()
-    layout.remove_expired(checkpoints, keep_last=1, keep_every=None)
-    assert layout.find_newest(checkpoints).path == checkpoints / "iter_0000020"
-
-
-def test_retention_leaves_a_save_under_way_alone(checkpoints):
-    save(checkpoints, 10)
-    temporary = write(checkpoints, 5)
-    layout.remove_expired(checkpoints, keep_last=1, keep_every=None)
-    assert temporary.is_dir()
+# --- several starts -------------------------------------------------------------------------------------------
 
 
 def test_publishing_clears_what_a_dead_run_left_before_it(tmp_path: Path) -> None:

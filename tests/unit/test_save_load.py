@@ -240,6 +240,37 @@ def test_resume_names_what_it_ignored(build, tmp_path, caplog):
     assert "iter_0000008.tmp: it was never published" in caplog.text
 
 
+def test_resume_clears_what_a_dead_start_left(build, tmp_path):
+    directory = tmp_path / "run" / "checkpoints"
+    build().trained().checkpoints.save(Progress(7, 56, 896))
+    for name in ("iter_0000005.removed", "iter_0000007.replaced"):
+        (directory / name).mkdir()
+    layout.prepare_temporary(directory, 8, "a1b2c3")
+    build().checkpoints.resume()
+    assert sorted(path.name for path in directory.iterdir()) == ["iter_0000007", "latest"]
+
+
+def test_resume_without_a_checkpoint_clears_the_save_that_a_dead_start_left(build, tmp_path):
+    directory = tmp_path / "run" / "checkpoints"
+    layout.prepare_temporary(directory, 8, "a1b2c3")
+    assert build().checkpoints.resume() is None
+    assert list(directory.iterdir()) == []
+
+
+def test_resume_that_is_refused_removes_nothing(refusal, tmp_path):
+    left = layout.prepare_temporary(tmp_path / "run" / "checkpoints", 20, "a1b2c3")
+    assert "of another model" in refusal("--model.num_layers", "2")
+    assert left.is_dir()
+
+
+def test_resume_takes_the_checkpoint_that_a_dead_start_was_replacing(build, tmp_path, caplog):
+    build().trained().checkpoints.save(Progress(7, 56, 896))
+    published = tmp_path / "run" / "checkpoints" / "iter_0000007"
+    published.rename(published.with_suffix(".replaced"))
+    assert build().checkpoints.resume() == Progress(7, 56, 896)
+    assert f"{published}: has its name back" in caplog.text
+
+
 # --- refused --------------------------------------------------------------------------------------------------
 
 

@@ -84,6 +84,28 @@ def test_run_that_must_not_resume_refuses_to_overwrite(tiny_config, tmp_path):
     assert str(caught.value).startswith(f"{path}: the run directory already holds a checkpoint")
 
 
+def test_run_that_must_not_resume_refuses_to_overwrite_one_that_cannot_be_read(tiny_config, tmp_path):
+    path = tmp_path / "run" / "checkpoints" / "iter_0000010"
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/archive/that/is/not/mounted")
+    with pytest.raises(CheckpointError) as caught:
+        starting_state(tiny_config("--checkpoint.resume", "false"), Recorder())
+    assert str(caught.value).startswith(f"{path}: the run directory already holds a checkpoint")
+
+
+def test_run_that_must_not_resume_refuses_to_overwrite_one_that_was_being_replaced(tiny_config, tmp_path):
+    path = save(tmp_path / "run", 10)
+    path.rename(path.with_suffix(".replaced"))
+    with pytest.raises(CheckpointError, match="the run directory already holds a checkpoint"):
+        starting_state(tiny_config("--checkpoint.resume", "false"), Recorder())
+
+
+def test_run_that_must_not_resume_clears_the_save_that_a_dead_start_left(tiny_config, tmp_path):
+    left = layout.prepare_temporary(tmp_path / "run" / "checkpoints", 10, "a1b2c3")
+    starting_state(tiny_config("--checkpoint.resume", "false"), Recorder())
+    assert not left.exists()
+
+
 def test_run_that_must_not_resume_may_have_the_directory_of_one_that_saved_nothing(tiny_config, tmp_path):
     layout.prepare_temporary(tmp_path / "run" / "checkpoints", 10)
     assert starting_state(tiny_config("--checkpoint.resume", "false"), Recorder()) == TrainState()

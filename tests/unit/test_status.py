@@ -158,6 +158,13 @@ def test_save_in_progress_is_told_and_a_dead_one_is_a_warning(tmp_path):
     assert stalled.being_saved is None and any("iter_0000010.tmp is not whole" in one for one in stalled.warnings)
 
 
+def test_checkpoints_that_cannot_be_listed_are_a_warning(tmp_path):
+    folder = write_run(tmp_path, [start(0, 0), train(10, 10)])
+    (folder / "checkpoints").symlink_to("/archive")
+    (warning,) = look(folder, 12).warnings
+    assert "checkpoints: is a link to /archive, which is not there" in warning
+
+
 def test_warnings_of_the_log_are_passed_on(tmp_path):
     folder = write_run(tmp_path, [start(0, 0), train(10, 10)])
     log_at(folder, 10, "2026-11-21 00:00:00 fine\n2026-11-21 00:00:01 WARNING the save failed\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_ext.checkpoint import layout
-from megatron_ext.errors import DataError
+from megatron_ext.errors import CheckpointError, DataError
 
 METRICS = "metrics.jsonl"
 Row = dict[str, Any]
@@ -338,8 +338,9 @@ class CheckpointFound(NamedTuple):
 
 def newest_checkpoint(folder: Path) -> tuple[CheckpointFound | None, tuple[layout.Rejected, ...]]:
     """Find the newest whole checkpoint, and the newer directories that are none."""
+    checkpoints = folder / layout.CHECKPOINTS
     try:
-        found = layout.find_newest(folder / layout.CHECKPOINTS)
+        found = layout.find_newest(checkpoints)
         if found.path is None:
             return None, found.rejected
         description = found.path / layout.DESCRIPTION
@@ -347,6 +348,8 @@ def newest_checkpoint(folder: Path) -> tuple[CheckpointFound | None, tuple[layou
         size = sum((found.path / name).stat().st_size for name in files)
         iteration = layout.iteration_of(found.path) or 0
         return CheckpointFound(found.path, iteration, description.stat().st_mtime, size), found.rejected
+    except CheckpointError as error:
+        return None, (layout.Rejected(checkpoints, str(error)),)
     except (OSError, ValueError):  # a directory was removed or renamed while we looked
         return None, ()
 
