@@ -224,6 +224,22 @@ def test_dry_run_of_a_tool_prints_the_recorded_launch_line(case, checkout):
     assert done.stdout == expected.format(checkout=checkout) + "\n"
 
 
+def test_dry_run_outside_of_slurm_neither_waits_nor_complains(checkout):
+    done = submit(checkout, "a.toml", DRY_RUN="1", SQUEUE_FAILS="99")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len((checkout / "calls" / "squeue").read_text().splitlines()) == 1
+
+
+def test_end_that_squeue_never_tells_is_warned_of(checkout):
+    script = checkout / "slurm" / PRETRAIN
+    script.write_text((ROOT / "slurm" / PRETRAIN).read_text().replace("in 1 2 4 8 15 30 0", "in 0.1 0"))
+    done = subprocess.run(
+        ["bash", str(script), "a.toml"], cwd="/", capture_output=True, text=True, timeout=60,
+        env=job_environment(checkout, SQUEUE_FAILS="99"),
+    )  # fmt: skip
+    assert done.returncode == 0 and "warning: squeue does not say when the job ends" in done.stderr
+
+
 def test_dry_run_starts_nothing(checkout):
     submit(checkout, "a.toml", DRY_RUN="1")
     assert not (checkout / "calls" / "srun").exists()
